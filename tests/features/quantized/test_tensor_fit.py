@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import gguf
 import numpy as np
 import pytest
@@ -48,8 +50,10 @@ def test_the_factor_is_within_its_error(kind: Type, dtype: torch.dtype, share: f
 
 def test_a_fitted_scale_of_the_weight_is_no_part_of_the_factor() -> None:
     base, _ = base_and_delta(0.1)
-    facts = measured(base, 0.1 * base.roll(1, 0) + 0.1 * base, 0.98 * base + 0.1 * base.roll(1, 0) + 0.1 * base)
-    assert facts.strength == pytest.approx(1, abs=0.01)
+    delta = 0.1 * base.roll(1, 0) + 0.1 * base
+    facts = measured(base, delta, 0.98 * (base + delta))
+    assert facts.strength == pytest.approx(1, abs=1e-3)
+    assert facts.scale == pytest.approx(0.98, abs=1e-3)
 
 
 def test_a_parallel_delta_has_no_factor() -> None:
@@ -83,7 +87,8 @@ def test_noise_that_is_alike_within_rows_has_a_larger_error() -> None:
 def test_a_merge_into_codes_is_recognized(make, expected: bool) -> None:
     base, delta = base_and_delta(0.03)
     actual = make(base, delta)
-    facts = repeated(measured(base, delta, actual), base, base + delta, actual, lambda v: quantized(v, Type.Q4_0))
+    again = partial(quantized, kind=Type.Q4_0)
+    facts = repeated(measured(base, delta, actual), base, base + delta, actual, again, torch.bfloat16)
     assert facts.is_erased is expected
     assert facts.own_noise == pytest.approx(facts.noise, rel=0.1)
 

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,13 +27,13 @@ from merge_gate._internal.text import quoted
 from merge_gate.engine.adapter_evidence import MergeAttempt
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
-from merge_gate.engine.consumer import Consumer, WholeTensors
-from merge_gate.features.quantized.checkpoint import open_checkpoint
-from merge_gate.features.quantized.measurement import Measurement, TensorStrength
+from merge_gate.engine.consumer import Consumer, Outline, WholeTensors
+from merge_gate.features.quantized.checkpoint import Checkpoint, open_checkpoint
+from merge_gate.features.quantized.measurement import TOLERANCE, Measurement, TensorStrength
 from merge_gate.features.quantized.release import Release
 from merge_gate.features.quantized.release_flow import GGUF
-from merge_gate.features.quantized.tensor_fit import fitted, repeated, untouched
-from merge_gate.features.verify.finished_model import Files, in_common
+from merge_gate.features.quantized.tensor_fit import Requantize, fitted, repeated, untouched
+from merge_gate.features.verify.finished_model import Files
 from merge_gate.files.feed import LocalFeed
 from merge_gate.records.files import Snapshot
 from merge_gate.records.measured import Evidence
@@ -44,11 +43,11 @@ from merge_gate.worker.protocol import Task
 if TYPE_CHECKING:
     from merge_gate.worker.group_bases import GroupBase, GroupBases
 
-MOST_REPEATED = 8
-"""So many tensors that the merge changes, and as many others, are quantized again."""
+MOST_REPEATED, MOST_ODD = 8, 64
+"""So many tensors are quantized again, and so many whose strength is not 1. As many others as the first number."""
 
-FULL, FAR = 0.9, 1.5
-"""Beyond the first tensors, those are quantized again that have less of the delta, or are further away than usual."""
+FAR = 1.5
+"""Other tensors are quantized again beyond so many times the usual distance."""
 
 
 def consumer(
@@ -91,12 +90,12 @@ def _opened_directory(
 
 
 class ByModelNames:
-    """A release by the names of the model's tensors, which transformers makes of stored ones: a `Release` (release.py).
+    """A directory by the names of the model's tensors, which transformers makes of stored ones: a `Release`.
 
     If several stored tensors make a tensor, transformers' own conversion makes it.
     """
 
-    def __init__(self, release: Release, mapping: TensorMap) -> None:
+    def __init__(self, release: Checkpoint, mapping: TensorMap) -> None:
         self._release, self.format = release, release.format
         self._groups: Mapping[str, TensorGroup] = {
             target: group
@@ -105,6 +104,11 @@ class ByModelNames:
             if all(source in release for source in group.sources)
             and (group.conversion == RENAMED or group.recipe is not None)
         }
+
+    def expect(self, names: Collection[str]) -> None:
+        """The merge can change these tensors."""
+        groups = [self._groups[name] for name in names if name in self._groups]
+        self._release.folds.touched = {source for group in groups for source in group.sources}
 
     def __contains__(self, name: str) -> bool:
         return name in self._groups
@@ -134,42 +138,37 @@ class StrengthConsumer(WholeTensors):
         self._repeated = 0
         self._lock = threading.Lock()
 
-    def _partner(self, name: str) -> str | None:
-        """The release's name of a tensor: a tied tensor has several."""
+    def expect(self, outlines: Mapping[str, Outline]) -> None:
+        if isinstance(self._release, ByModelNames):
+            self._release.expect(outlines)
+
+    def _read(self, name: str, expected: torch.Tensor) -> tuple[TensorStrength, torch.Tensor, Requantize] | None:
+        """The outline of a tensor, its values in the release, and its quantizer. A tied tensor has several names."""
         names = (name, *(alias for alias, first in self._base.aliases.items() if first == name))
-        return next((name for name in names if name in self._release), None)
+        if (own := next((name for name in names if name in self._release), None)) is None:
+            return None
+        kind, actual, shape = self._release.kind(own), self._release.read(own), tuple(expected.shape)
+        facts = TensorStrength(name=name, kind=kind, touched=False, shape=tuple(actual.shape), expected_shape=shape)
+        return facts, actual, partial(self._release.requantized, own)
 
     def _touched(self, name: str, merged: torch.Tensor) -> None:
         first = self._base.first_name(name)
         with self._lock, torch.no_grad(), self._base.filled([first]):
-            base = self._base.tensors[first].detach()
-            if (partner := self._partner(name)) is None:
+            if (read := self._read(name, merged)) is None:
                 self._absent[name] = None
                 return
-            actual = self._release.read(partner)
-            facts = self._outline(name, partner, actual, merged)
-            if actual.dim() != merged.dim() or base.dim() != merged.dim():
-                self._facts[name] = facts
-                return
-            is_whole = actual.shape == merged.shape == base.shape
-            actual, merged = in_common(actual, merged.float())
-            base, merged = in_common(base.float(), merged)
-            actual, merged = in_common(actual, merged)
-            facts = fitted(replace(facts, touched=True), base, merged, actual, self._dtype)
-            most = MOST_REPEATED if facts.strength > FULL else 2 * MOST_REPEATED
-            if is_whole and facts.kind and self._repeated < most:
+            facts, actual, requantize = read
+            base, merged = self._base.tensors[first].detach().float(), merged.float()
+            is_whole = base.shape == merged.shape == actual.shape
+            if base.dim() == merged.dim() == actual.dim():
+                part = tuple(slice(min(sizes)) for sizes in zip(base.shape, merged.shape, actual.shape, strict=True))
+                base, merged, actual = base[part], merged[part], actual[part]
+                facts = fitted(replace(facts, touched=True), base, merged, actual, self._dtype)
+            is_odd = abs(facts.strength - 1) > TOLERANCE + 2 * facts.error
+            if is_whole and facts.kind and self._repeated < (MOST_ODD if is_odd else MOST_REPEATED):
                 self._repeated += 1
-                facts = repeated(facts, base, merged, actual, partial(self._release.requantized, partner))
+                facts = repeated(facts, base, merged, actual, requantize, self._dtype)
             self._facts[name] = facts
-
-    def _outline(self, name: str, partner: str, actual: torch.Tensor, expected: torch.Tensor) -> TensorStrength:
-        return TensorStrength(
-            name=name,
-            kind=self._release.kind(partner),
-            touched=False,
-            shape=tuple(actual.shape),
-            expected_shape=tuple(expected.shape),
-        )
 
     def end(self, attempt: MergeAttempt) -> Evidence:
         attempt.merge = None  # its memory is of no use to what follows
@@ -180,21 +179,19 @@ class StrengthConsumer(WholeTensors):
         return replace(attempt.evidence, facts=(*attempt.evidence.facts, ("quantized", measurement)))
 
     def _compare_others(self) -> None:
-        shares: dict[str, list[float]] = {}
+        shares: dict[str, list[float]] = defaultdict(lambda: [0.0])
         for facts in self._facts.values():
-            shares.setdefault(facts.kind, []).append(facts.noise / (facts.weight or 1.0))
+            shares[facts.kind].append(facts.noise / (facts.weight or 1.0))
         left = MOST_REPEATED
         for name in self._base.tensors.keys() - self._facts.keys() - self._base.newly_initialized:
             with torch.no_grad(), self._base.filled([name]):
-                base, partner = self._base.tensors[name].detach().float(), self._partner(name)
-                if partner is None or not base.dim() or not base.numel():
+                base = self._base.tensors[name].detach().float()
+                if not base.numel() or not base.dim() or (read := self._read(name, base)) is None:
                     continue
-                actual = self._release.read(partner)
-                facts = self._outline(name, partner, actual, base)
+                facts, actual, requantize = read
                 if actual.shape == base.shape:
                     facts = untouched(facts, base, actual)
-                    usual = median(shares.get(facts.kind, [0.0]))
-                    if left and facts.kind and facts.distance > FAR * usual * facts.weight:
+                    if left and facts.kind and facts.distance > FAR * max(shares[facts.kind]) * facts.weight:
                         left -= 1
-                        facts = repeated(facts, base, base, actual, partial(self._release.requantized, partner))
+                        facts = repeated(facts, base, base, actual, requantize, self._dtype)
                 self._facts[name] = facts

@@ -10,26 +10,23 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from io import BufferedReader
-from typing import Any
+from typing import Any, NamedTuple
 
 from merge_gate._internal.errors import EngineError
 from merge_gate._internal.text import quoted
 
 MOST_HEADER_BYTES = 1 << 27
-MOST_TENSORS, MOST_KEYS, MOST_DIMENSIONS = 100_000, 10_000, 4
-MOST_NAME_BYTES, MOST_KEPT_BYTES = 1_000, 200
-"""Names may be so long. Of longer strings, only the length is read."""
+MOST_TENSORS, MOST_KEYS, MOST_DIMENSIONS, MOST_NAME_BYTES, MOST_ALIGNMENT = 100_000, 10_000, 4, 1_000, 1 << 16
+MOST_KEPT_BYTES = 200
+"""Longer strings are not kept."""
 
-MOST_ALIGNMENT = 1 << 16
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """GGUF's numbers of types, and those of `struct`."""
 
 
-@dataclass(frozen=True, slots=True)
-class GgufTensor:
+class GgufTensor(NamedTuple):
     """A tensor in the file: its shape as torch has it, ggml's number of its type, and its place in bytes."""
 
     name: str
@@ -39,85 +36,78 @@ class GgufTensor:
     size_bytes: int
 
 
-@dataclass(slots=True)
-class GgufHeader:
-    """Keys with a single value (strings up to 200 bytes), and the tensors by name."""
+class GgufHeader(NamedTuple):
+    """Keys with a single value (other values are None), and the tensors by name."""
 
-    keys: dict[str, Any] = field(default_factory=dict)
-    tensors: dict[str, GgufTensor] = field(default_factory=dict)
+    keys: dict[str, Any]
+    tensors: dict[str, GgufTensor]
+
+
+def _broken(what: str) -> EngineError:
+    return EngineError(f"the GGUF file is broken: {what}", hint="write or download it again, and compare its size")
 
 
 class _Header:
     """The first bytes of a file, read in order."""
 
     def __init__(self, file: BufferedReader) -> None:
-        self._file, self.size = file, os.fstat(file.fileno()).st_size
+        self.file, self.size = file, os.fstat(file.fileno()).st_size
         self.limit = min(self.size, MOST_HEADER_BYTES)
 
-    def bytes_of(self, count: int, what: str) -> bytes:
-        self._refuse_beyond(count, what)
-        return self._file.read(count)
-
-    def skip(self, count: int, what: str) -> None:
-        self._refuse_beyond(count, what)
-        self._file.seek(count, os.SEEK_CUR)
-
-    def _refuse_beyond(self, count: int, what: str) -> None:
-        here = self._file.tell()
+    def take(self, count: int, what: str, *, keep: bool = True) -> bytes:
+        here = self.file.tell()
         if count > self.limit - here:
-            raise broken(f"{what} at byte {here:,} needs {count:,} bytes, and {max(0, self.limit - here):,} are left")
+            raise _broken(f"{what} at byte {here:,} needs {count:,} bytes, and {max(0, self.limit - here):,} are left")
+        if keep:
+            return self.file.read(count)
+        self.file.seek(count, os.SEEK_CUR)
+        return b""
 
-    def number(self, format_: str, what: str) -> Any:
-        (value,) = struct.unpack(f"<{format_}", self.bytes_of(struct.calcsize(f"<{format_}"), what))
-        return value
-
-    def count(self, most: int, what: str) -> int:
-        value: int = self.number("Q", what)
-        if value > most:
-            raise broken(f"{what} is {value:,}, expected at most {most:,}")
+    def number(self, type_: str, what: str, most: int | None = None) -> Any:
+        (value,) = struct.unpack(f"<{type_}", self.take(struct.calcsize(f"<{type_}"), what))
+        if most is not None and value > most:
+            raise _broken(f"{what} is {value:,}, expected at most {most:,}")
         return value
 
     def name(self, what: str) -> str:
         try:
-            return self.bytes_of(self.count(MOST_NAME_BYTES, f"the length of {what}"), what).decode("utf-8")
+            return self.take(self.number("Q", f"the length of {what}", MOST_NAME_BYTES), what).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise broken(f"{what} is not UTF-8 text") from error
+            raise _broken(f"{what} is not UTF-8 text") from error
 
     def value(self, key: str) -> Any:
-        """A single value; None for arrays, and for strings that are long or no text."""
-        kind = self.number("I", f"the type of {key}")
-        if kind == _ARRAY:
-            self._skip_array(key)
-            return None
+        kind, count = self.number("I", f"the type of {key}"), 0
+        is_array = kind == _ARRAY
+        if is_array:
+            kind, count = self.number("I", f"the type of the items of {key}"), self.number("Q", f"the length of {key}")
         if kind == _STRING:
-            length = self.count(self.limit, f"the length of {key}")
-            if length > MOST_KEPT_BYTES:
-                return self.skip(length, key)
-            return self.bytes_of(length, key).decode("utf-8", "replace")
-        return self.number(_scalar(kind, key), key)
+            for _ in range(min(count, self.limit) if is_array else 1):  # the file ends before so many
+                size = self.number("Q", f"the length of {key}", self.limit)
+                text = self.take(size, key, keep=not is_array and size <= MOST_KEPT_BYTES)
+            return None if is_array or size > MOST_KEPT_BYTES else text.decode("utf-8", "replace")
+        if kind not in _SCALARS:
+            raise _broken(f"{key} has the type {kind}, expected one of GGUF's types of single values")
+        if not is_array:
+            return self.number(_SCALARS[kind], key)
+        self.take(count * struct.calcsize(f"<{_SCALARS[kind]}"), key, keep=False)
+        return None
 
-    def _skip_array(self, key: str) -> None:
-        kind = self.number("I", f"the type of the items of {key}")
-        length = self.count(self.limit, f"the length of {key}")
-        if kind != _STRING:
-            self.skip(length * struct.calcsize(f"<{_scalar(kind, key)}"), key)
-            return
-        for _ in range(length):
-            self.skip(self.count(self.limit, f"the length of an item of {key}"), f"an item of {key}")
-
-    def data_start(self, alignment: int) -> int:
-        return -(-self._file.tell() // alignment) * alignment
-
-
-def broken(what: str) -> EngineError:
-    """The error of a file that contradicts the format."""
-    return EngineError(f"the GGUF file is broken: {what}", hint="write or download it again, and compare its size")
-
-
-def _scalar(kind: int, key: str) -> str:
-    if kind not in _SCALARS:
-        raise broken(f"{quoted(key, 120)} has the type {kind}, expected one of GGUF's types of single values")
-    return _SCALARS[kind]
+    def tensor(self, sizes: Mapping[int, tuple[int, int]]) -> GgufTensor:
+        name = self.name("the name of a tensor")
+        shown = quoted(name, 120)
+        count = self.number("I", f"the number of dimensions of {shown}", MOST_DIMENSIONS)
+        shape = tuple(self.number("Q", f"the shape of {shown}") for _ in range(count))[::-1]
+        kind = self.number("I", f"the type of {shown}")
+        if kind not in sizes:
+            raise EngineError(
+                f"the tensor {shown} has ggml's type {kind}, which the installed package gguf does not know",
+                hint="upgrade gguf, or convert the release to another type",
+            )
+        values, size_bytes = sizes[kind]
+        numel = math.prod(shape)
+        if not shape or not 0 < numel <= self.size * values or shape[-1] % values:
+            raise _broken(f"the tensor {shown} has the shape {list(shape)}, which its file or its type cannot have")
+        return GgufTensor(name, shape, kind, self.number("Q", f"the place of {shown}"), numel // values * size_bytes)
 
 
 def read_header(file: BufferedReader, sizes: Mapping[int, tuple[int, int]]) -> GgufHeader:
@@ -126,50 +116,30 @@ def read_header(file: BufferedReader, sizes: Mapping[int, tuple[int, int]]) -> G
     Raises:
         EngineError: the file is broken, or has what cannot be read. No value of a tensor was read.
     """
-    header, result = _Header(file), GgufHeader()
-    if (magic := header.bytes_of(4, "the magic number")) != b"GGUF":
-        raise broken(f"it begins with {quoted(magic.hex(), 20)}, expected the letters GGUF")
+    header, keys, by_name = _Header(file), dict[str, Any](), dict[str, GgufTensor]()
+    if (magic := header.take(4, "the magic number")) != b"GGUF":
+        raise _broken(f"it begins with {magic.hex()}, expected the letters GGUF")
     if (version := header.number("I", "the version")) not in {2, 3}:
-        raise broken(f"its version is {version:,}, expected 2 or 3, in little-endian order")
-    tensor_count = header.count(MOST_TENSORS, "the number of tensors")
-    for _ in range(header.count(MOST_KEYS, "the number of keys")):
-        key = header.name("a key")
-        if key in result.keys:
-            raise broken(f"the key {quoted(key, 120)} is there twice")
-        result.keys[key] = header.value(quoted(key, 120))
-    tensors = [_tensor(header, sizes) for _ in range(tensor_count)]
-    alignment = result.keys.get("general.alignment", 32)
+        raise _broken(f"its version is {version:,}, expected 2 or 3, in little-endian order")
+    tensor_count = header.number("Q", "the number of tensors", MOST_TENSORS)
+    for _ in range(header.number("Q", "the number of keys", MOST_KEYS)):
+        if (key := header.name("a key")) in keys:
+            raise _broken(f"the key {quoted(key, 120)} is there twice")
+        keys[key] = header.value(quoted(key, 120))
+    tensors = [header.tensor(sizes) for _ in range(tensor_count)]
+    alignment = keys.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= MOST_ALIGNMENT or alignment % 8:
-        raise broken(f"general.alignment is {quoted(str(alignment), 40)}, expected a multiple of 8")
-    start = end = header.data_start(alignment)
+        raise _broken(f"general.alignment is {quoted(str(alignment), 40)}, expected a multiple of 8")
+    start = end = -(-file.tell() // alignment) * alignment
     for tensor in sorted(tensors, key=lambda tensor: tensor.start):
-        name, place = quoted(tensor.name, 120), start + tensor.start
-        if tensor.name in result.tensors:
-            raise broken(f"the tensor {name} is there twice")
+        place = start + tensor.start
+        if tensor.name in by_name:
+            raise _broken(f"the tensor {quoted(tensor.name, 120)} is there twice")
         if place % alignment or place < end or place + tensor.size_bytes > header.size:
-            raise broken(
-                f"the tensor {name} has {tensor.size_bytes:,} bytes from {place:,} on, expected a multiple of "
-                f"{alignment:,} from {end:,} on, and an end within the {header.size:,} bytes of the file"
+            raise _broken(
+                f"the tensor {quoted(tensor.name, 120)} has {tensor.size_bytes:,} bytes from {place:,} on, expected a "
+                f"multiple of {alignment:,} from {end:,} on, and an end within the {header.size:,} bytes of the file"
             )
         end = place + tensor.size_bytes
-        result.tensors[tensor.name] = GgufTensor(tensor.name, tensor.shape, tensor.type, place, tensor.size_bytes)
-    return result
-
-
-def _tensor(header: _Header, sizes: Mapping[int, tuple[int, int]]) -> GgufTensor:
-    name = header.name("the name of a tensor")
-    shown = quoted(name, 120)
-    if not 0 < (count := header.number("I", f"the number of dimensions of {shown}")) <= MOST_DIMENSIONS:
-        raise broken(f"the tensor {shown} has {count:,} dimensions, expected 1 to {MOST_DIMENSIONS}")
-    shape = tuple(header.number("Q", f"the shape of {shown}") for _ in range(count))[::-1]
-    kind = header.number("I", f"the type of {shown}")
-    if kind not in sizes:
-        raise EngineError(
-            f"the tensor {shown} has ggml's type {kind}, which the installed package gguf does not know",
-            hint="upgrade gguf, or convert the release to another type",
-        )
-    values, size_bytes = sizes[kind]
-    numel = math.prod(shape)
-    if not 0 < numel <= header.size * values or shape[-1] % values:
-        raise broken(f"the tensor {shown} has the shape {list(shape)}, which its file or its type cannot have")
-    return GgufTensor(name, shape, kind, header.number("Q", f"the place of {shown}"), numel // values * size_bytes)
+        by_name[tensor.name] = tensor._replace(start=place)
+    return GgufHeader(keys, by_name)

@@ -19,7 +19,6 @@ from transformers import modeling_gguf_pytorch_utils as of_transformers
 from merge_gate._internal.errors import EngineError, SourceError
 from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.features.quantized.gguf_file import GgufHeader, GgufTensor, read_header
-from merge_gate.features.quantized.release import library
 
 BLOCK = 1 << 22
 """Values that are dequantized at once: 16 MiB."""
@@ -38,7 +37,12 @@ class GgufRelease:
     """A GGUF file. Its tensors have the names of the model, and the shapes that transformers gives them."""
 
     def __init__(self, file: BufferedReader, model: Any) -> None:
-        self._gguf, self._file = library("gguf"), file
+        try:
+            import gguf  # noqa: PLC0415 - of the extra
+        except ImportError as error:
+            hint = "install it where merge-gate runs: pip install 'merge-gate[quantized]'"
+            raise EngineError("GGUF cannot be read without the package gguf", hint=hint) from error
+        self._gguf, self._file = gguf, file
         types = {kind.value: kind for kind in self._gguf.GGMLQuantizationType}
         header = read_header(file, {kind.value: size for kind, size in self._gguf.GGML_QUANT_SIZES.items()})
         self._types: Mapping[int, Any] = types

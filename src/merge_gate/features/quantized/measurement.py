@@ -6,13 +6,16 @@ import math
 
 from merge_gate.records.terms import record
 
+TOLERANCE = 0.02
+"""The strength of a right merge differs from 1 by its error and so much."""
+
 
 @record
 class TensorStrength:
     """One tensor of a release, compared with the base and the merge.
 
     Let W be the base's values, D the delta of the merge in float32, and Q the release's values. Q is fitted by
-    aW + kD + e, in which e lets the merge be rounded to the base's dtype before it was quantized.
+    a(W + kD) (tensor_fit.py).
 
     Attributes:
         name: the name in the model.
@@ -27,7 +30,7 @@ class TensorStrength:
         scale: a. Quantizers that fit their scales shrink W a little.
         weight: the norm of W.
         delta: the norm of D.
-        noise: the norm of the residual Q - aW - kD - e.
+        noise: the norm of what the fit leaves.
         distance: the norm of Q - W.
         bend: how much larger k is for large values of D, in standard errors. Rounding to codes erases small values.
         own_noise: the norm of the error if W itself is quantized in this format; None if that cannot be repeated.

@@ -1,23 +1,16 @@
-"""A quantized release: its tensors as plain values. Each format implements it in a module of its own.
-
-The worker alone imports this. A library that dequantizes is part of the extra `quantized`.
-"""
+"""A quantized release: its tensors as plain values. Each format implements it in a module of its own."""
 
 from __future__ import annotations
 
-import importlib
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
-from merge_gate._internal.errors import EngineError
-
 
 class Release(Protocol):
-    """The values of a release, by the names of the tensors as the base's files have them.
+    """The values of a release, by the names of the tensors as the base's files or the base's model has them.
 
-    Attributes:
-        format: what texts call it: `GGUF (Q4_K and Q6_K)`, `AWQ (4 bits, groups of 128)`.
+    `format` is what texts call it, such as `GGUF (Q4_K, Q6_K)`.
     """
 
     format: str
@@ -28,7 +21,7 @@ class Release(Protocol):
         """How a tensor is stored, such as `Q4_K`. Tensors of one kind have similar noise. Empty for plain floats."""
 
     def read(self, name: str) -> torch.Tensor:
-        """The values in float32, in the shape of the base's stored tensor. Takes the memory of one tensor.
+        """The values in float32, in the base's shape. Takes the memory of one tensor.
 
         Raises:
             SourceError: the bytes could not be had.
@@ -36,23 +29,7 @@ class Release(Protocol):
         """
 
     def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        """Other values of this tensor (float32, in its shape), after they went through this quantization.
+        """Other values of this tensor (float32, in its shape), on the grid that the format's quantizer gives them.
 
-        They are on the grid that the format's quantizer gives them, or on the grid of the release's own scales. None if
-        this cannot be repeated.
+        Or on the grid of the release's own scales. None if neither can be had.
         """
-
-
-def library(name: str) -> Any:
-    """Import a library of the extra.
-
-    Raises:
-        EngineError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise EngineError(
-            f"the release cannot be read without the package {name}: {error}",
-            hint="install it where merge-gate runs: pip install 'merge-gate[quantized]'",
-        ) from error

@@ -17,15 +17,12 @@ from statistics import NormalDist, median
 from typing import Any, NamedTuple
 
 from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.features.quantized.measurement import Measurement, TensorStrength
+from merge_gate.features.quantized.measurement import TOLERANCE, Measurement, TensorStrength
 from merge_gate.features.verify.tensor_findings import reasons
 from merge_gate.judging.kinds import finding
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.terms import Finding, Origin
-
-TOLERANCE = 0.02
-"""The strength of a right merge differs from 1 by its error and so much: quantizers clip, and shrink."""
 
 MOST_ERROR = 0.25
 """Above this error, 0 and 1 cannot be told apart."""
@@ -159,7 +156,7 @@ def strength_findings(
         yield _not_measurable(release, adapter)
     elif release.is_applied:
         yield _applied(release, adapter)
-    elif len(odd) > MOST_OTHERS * len(release.touched):
+    elif len(odd) > MOST_OTHERS * len(release.touched) and not release.is_erased:
         yield _unexplained(release, odd, has_candidates=bool(candidates))
     else:
         yield from _misapplied(release, adapter, config)
@@ -265,7 +262,7 @@ def _misapplied(release: _Release, adapter: str, config: AdapterConfig) -> Itera
     at = f"{quoted(adapter, 200, '')} is in this release at {release.pooled} of its strength"
     if release.is_erased:
         changed = [tensor.changed for tensor in release.parts if tensor.changed]
-        codes = f", and {sum(changed) / len(changed):.0%} of the values are not its own" if changed else ""
+        codes = f", and {sum(changed) / len(changed):.1%} of the values are not its own" if changed else ""
         message = f"{at}: it was merged into the codes of the quantized base{codes}; {_noise(release)}"
         yield finding("erased", message, **_figures(release))
     elif missing and full:

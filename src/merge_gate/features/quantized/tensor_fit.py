@@ -3,11 +3,12 @@
 In: tensors of base, merge, and release. Out: a `TensorStrength`. Judges nothing.
 
 1. The products of W, D, e, and Q - W are added up in float64, row by row, in blocks of rows (`_Products`).
-2. Least squares gives Q ≈ aW + kD + e. D is split into a part that W and e explain and the rest, D⊥, so that
-   k = ⟨Q - W, D⊥⟩ / ‖D⊥‖².
+2. Least squares gives Q ≈ a(W + kD) + e: quantizers that fit or clip their scales shrink values. With D⊥, the part of
+   D that W and e do not explain, ak = ⟨Q - W, D⊥⟩ / ‖D⊥‖².
 3. The standard error of k is the largest of three: for white noise, ‖r‖ / (√n ‖D⊥‖); for noise that is alike within a
    row, from the sums ⟨rᵢ, D⊥ᵢ⟩ of the rows (White, Econometrica 48, 1980); and of the same fit on shuffled rows of D.
-4. If much of the delta is missing, the tensor is quantized again, from the base and from the merge: which is nearer?
+4. A tensor that stands out is quantized again, with k times the delta. k is divided by the share of it that this
+   leaves, because clipped scales take more from some deltas. Is the tensor nearer to a merge into codes?
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from merge_gate.features.quantized.measurement import TensorStrength
 BLOCK = 1 << 18
 """Values that are multiplied at once: 14 MiB in float64."""
 
-SHUFFLES = 4
-"""Deltas with shuffled rows. The seed is fixed, so that a report can be repeated."""
+SHUFFLES, FITTED = 4, 3
+"""Deltas with shuffled rows, whose seed is fixed, so that a report can be repeated; the number of fitted factors."""
 
 LARGE = 1.5
 """A value of D is large above this multiple of its root mean square in a block."""
@@ -43,14 +44,15 @@ EXPLAINED = 0.5
 
 Requantize = Callable[[torch.Tensor], torch.Tensor | None]
 
-_W, _D, _E, _Y, _LARGE = range(5)
+_VECTORS = 5
+_W, _D, _E, _Y, _LARGE = range(_VECTORS)
 
 
 class _Products:
-    """Step 1: the products of W, D, e, Y = Q - W, and the large values of D, for each row and with shuffled rows."""
+    """Step 1: the products of the vectors, for each row and with shuffled rows of D."""
 
     def __init__(self, base: torch.Tensor, merged: torch.Tensor, actual: torch.Tensor, dtype: torch.dtype) -> None:
-        by_row, shuffled = [], torch.zeros(SHUFFLES, 5, dtype=torch.float64)
+        by_row, self.shuffled = [], torch.zeros(SHUFFLES, _VECTORS, dtype=torch.float64)
         random = torch.Generator().manual_seed(0)
         for rows in _blocks(base):
             w, m, q = (tensor[rows].double().flatten(1) for tensor in (base, merged, actual))
@@ -60,39 +62,36 @@ class _Products:
             by_row.append(vectors @ vectors.mT)
             for number in range(SHUFFLES):
                 order = torch.randperm(len(d), generator=random)
-                shuffled[number] += (vectors * d[order, None]).sum((0, 2))
+                self.shuffled[number] += (vectors * d[order, None]).sum((0, 2))
         self.by_row = torch.cat(by_row)
         self.total = self.by_row.sum(0)
-        self.shuffled = shuffled
 
     def norm(self, which: int) -> float:
         return math.sqrt(max(0.0, float(self.total[which, which])))
 
-    def rest(self, of: int, others: list[int]) -> torch.Tensor:
-        """The coefficients of the part of a vector that the others do not explain, by least squares."""
-        coefficients = torch.zeros(5, dtype=torch.float64)
-        coefficients[of] = 1.0
-        if others:
-            sizes = self.total.diagonal()[others].sqrt()
-            gram = self.total[others][:, others] / sizes[:, None] / sizes
-            solution = torch.linalg.lstsq(gram, self.total[others, of] / sizes, driver="gelsd").solution
-            coefficients[others] = -solution / sizes
-        return coefficients
+    def rest(self, vector: torch.Tensor, others: list[int]) -> torch.Tensor:
+        """The part of a combination of vectors that the others do not explain, by least squares: its coefficients."""
+        sizes = self.total.diagonal()[others].sqrt()
+        gram = self.total[others][:, others] / sizes[:, None] / sizes
+        rest = vector.clone()
+        rest[others] -= torch.linalg.lstsq(gram, self.total[others] @ vector / sizes, driver="gelsd").solution / sizes
+        return rest
 
     def product(self, first: torch.Tensor, second: torch.Tensor) -> float:
         return float(first @ self.total @ second)
 
-    def error(self, residual: torch.Tensor, rest: torch.Tensor, numel: int, fitted: int) -> float:
-        """Step 3: the standard error of the coefficient of `rest` in a fit with this residual."""
-        size = self.product(rest, rest)
-        rows = torch.einsum("i,rij,j->r", residual, self.by_row, rest)
-        count = len(rows)
+    def factor(self, of: torch.Tensor, along: torch.Tensor, numel: int) -> tuple[float, float]:
+        """Steps 2 and 3: the factor of a combination in another one, and its standard error."""
+        size = self.product(along, along)
+        factor = self.product(of, along) / size
+        residual, count = of - factor * along, len(self.by_row)
         variances = (
-            max(0.0, self.product(residual, residual)) / max(1, numel - fitted) * size,
-            float(rows.square().sum()) * count / max(1, count - fitted),
+            max(0.0, self.product(residual, residual)) / max(1, numel - FITTED) * size,
+            float(torch.einsum("i,rij,j->r", residual, self.by_row, along).square().sum())
+            * (count / max(1, count - FITTED)),
             float((self.shuffled @ residual).square().mean()),
         )
-        return math.sqrt(max(variances)) / size
+        return factor, math.sqrt(max(variances)) / size
 
 
 def _blocks(tensor: torch.Tensor) -> Iterator[slice]:
@@ -107,61 +106,56 @@ def fitted(
 
     `dtype` is that of the base's files: the merge may have been rounded to it.
     """
-    base, merged, actual = (tensor.reshape(-1, 1) if tensor.dim() < 2 else tensor for tensor in (base, merged, actual))  # noqa: PLR2004 - a vector
     if bad := int((~actual.isfinite()).sum()):
         return replace(outline, nonfinite=bad)
+    base, merged, actual = (tensor.reshape(-1, 1) if tensor.dim() < 2 else tensor for tensor in (base, merged, actual))  # noqa: PLR2004 - a vector
     # 1.
-    products, numel = _Products(base, merged, actual, dtype), base.numel()
-    facts = replace(
-        outline,
-        numel=numel,
-        weight=products.norm(_W),
-        delta=products.norm(_D),
-        distance=products.norm(_Y),
-        noise=products.norm(_Y),
-    )
+    products, numel, unit = _Products(base, merged, actual, dtype), base.numel(), torch.eye(_VECTORS).double()
+    weight, delta, distance = (products.norm(which) for which in (_W, _D, _Y))
+    facts = replace(outline, numel=numel, weight=weight, delta=delta, distance=distance, noise=distance)
     # 2.
-    others = [which for which in (_W, _E) if products.norm(which) > math.sqrt(PARALLEL) * products.norm(_D)]
-    rest = products.rest(_D, others)
-    size = products.product(rest, rest)
-    if not facts.delta or size <= PARALLEL * facts.delta**2:
+    others = [which for which in (_W, _E) if products.norm(which) > math.sqrt(PARALLEL) * delta]
+    along, rest = (products.rest(unit[which], others) for which in (_D, _Y))
+    if not delta or products.product(along, along) <= PARALLEL * delta**2:
         return facts
-    residual = products.rest(_Y, [*others, _D])
-    strength = -float(residual[_D])
-    facts = replace(
-        facts,
-        strength=strength,
-        scale=1 - float(residual[_W]),
-        noise=math.sqrt(max(0.0, products.product(residual, residual))),
-        # 3.
-        error=products.error(residual, rest, numel, len(others) + 1),
-    )
-    large = products.rest(_LARGE, [*others, _D])
-    if (size := products.product(large, large)) > PARALLEL * facts.delta**2:
-        error = products.error(residual, large, numel, len(others) + 2)
-        facts = replace(facts, bend=products.product(residual, large) / size / error if error else 0.0)
+    factor, error = products.factor(rest, along, numel)
+    residual = rest - factor * along
+    scale = 1 - float(residual[_W])
+    noise, shrunk = math.sqrt(max(0.0, products.product(residual, residual))), max(scale, UNLIKE)
+    facts = replace(facts, strength=factor / shrunk, error=error / shrunk, scale=scale, noise=noise)
+    large = products.rest(unit[_LARGE], [*others, _D])
+    if products.product(large, large) > PARALLEL * delta**2:
+        bend, error = products.factor(residual, large, numel)
+        facts = replace(facts, bend=bend / error if error else 0.0)
     return facts
 
 
-def repeated(
-    facts: TensorStrength, base: torch.Tensor, merged: torch.Tensor, actual: torch.Tensor, requantized: Requantize
+def repeated(  # noqa: PLR0917
+    facts: TensorStrength,
+    base: torch.Tensor,
+    merged: torch.Tensor,
+    actual: torch.Tensor,
+    requantized: Requantize,
+    dtype: torch.dtype,
 ) -> TensorStrength:
     """Step 4: the facts, with those of the same quantization of the base, of the merge, and of a merge into codes."""
     of_base = requantized(base)
     if of_base is None:
         return facts
-    facts = replace(
-        facts,
-        own_noise=float((of_base - base).norm()),
-        changed=float((of_base != actual).float().mean()),
-    )
-    if not facts.touched:
+    own_noise, changed = float((of_base - base).norm()), float((of_base != actual).float().mean())
+    facts = replace(facts, own_noise=own_noise, changed=changed)
+    if not facts.touched or math.isinf(facts.error):
         return facts
     delta = merged - base
     into_codes, proper = requantized(of_base + delta), requantized(base + facts.strength * delta)
     if into_codes is None or proper is None:
         return facts
+    if abs(facts.strength) > UNLIKE:
+        lost = max(UNLIKE, fitted(facts, base, merged, proper, dtype).strength / facts.strength)
+        facts = replace(facts, strength=facts.strength / lost, error=facts.error / lost)
     to_codes, to_proper, to_base = (float((actual - values).norm()) for values in (into_codes, proper, of_base))
+    if min(to_codes, to_proper, to_base) > EXPLAINED * own_noise:
+        return facts  # another quantizer, with other codes
     return replace(facts, is_erased=to_codes < EXPLAINED * min(to_proper, to_base))
 
 
