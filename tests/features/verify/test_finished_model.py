@@ -21,20 +21,13 @@ from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_base
-from tests.support.gating import one_thread
 from tests.support.verify.merges import RIGHT, WRONG, Scene
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from tests.support.models import Shelf
 
 RECIPES = {recipe.name: recipe for recipe in (*RIGHT, *WRONG)}
-
-
-@pytest.fixture(scope="module")
-def scene(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    return Scene(shelf, tmp_path_factory.mktemp("scene"))
 
 
 def compared(merged: Path, base: Path, adapter: Path, *, in_a_pass: bool) -> Comparison:
@@ -70,10 +63,9 @@ def compared(merged: Path, base: Path, adapter: Path, *, in_a_pass: bool) -> Com
 )
 def test_a_base_that_is_read_in_a_pass_gives_the_same_facts(name: str, scene: Scene, tmp_path: Path) -> None:
     recipe, out = RECIPES[name], tmp_path / "merged"
-    with one_thread():
-        recipe.make(scene, out)
-        base, adapter = recipe.base_of(scene), recipe.adapter_of(scene)
-        found = [compared(out, base, adapter, in_a_pass=in_a_pass) for in_a_pass in (True, False)]
+    recipe.make(scene, out)
+    base, adapter = recipe.base_of(scene), recipe.adapter_of(scene)
+    found = [compared(out, base, adapter, in_a_pass=in_a_pass) for in_a_pass in (True, False)]
     assert found[0] == found[1]
     assert found[0].compared > len(found[0].tensors)
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -14,11 +14,7 @@ from merge_gate.cli.dispatch import main
 from merge_gate.features.verify import answer
 from merge_gate.files.identity import directory_identity
 from tests.support import published
-from tests.support.gating import one_thread
 from tests.support.verify.merges import Scene
-
-if TYPE_CHECKING:
-    from tests.support.models import Shelf
 
 VARIANT = "bfloat16-base"
 
@@ -54,11 +50,9 @@ def only_entry(place: Path) -> dict[str, Any]:
 @pytest.mark.attempt("W07", "config.json of MERGED is swapped while it is verified", "error, and no answer")
 @pytest.mark.parametrize("what", ["weights", pytest.param("config.json", marks=pytest.mark.slow)])
 def test_a_model_that_is_swapped_during_the_comparison(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
-    with one_thread():
-        scene = Scene(shelf, tmp_path / "scene")
-        shutil.copytree(scene.merge(VARIANT), tmp_path / "model")
+    shutil.copytree(scene.merge(VARIANT), tmp_path / "model")
     findings_of = answer.findings_of
 
     def swapped(*words: Any) -> Any:

@@ -79,7 +79,7 @@ def test_a_list_of_some_tensors_says_how_many_more_there_are() -> None:
 
 
 @pytest.mark.attempt("M02", "one shard is that of another candidate's merge", "other-candidate, by name")
-def test_a_candidate_is_named_for_the_tensors_that_it_gave(scene: Scene, tmp_path: Path) -> None:
+def test_a_candidate_is_named_for_the_tensors_that_it_gave(scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
     base, adapter, other = scene.base(VARIANT), scene.adapter(VARIANT), tmp_path / "other"
     make_adapter(base, other, seed=9)
     for place, of in ((tmp_path / "m", adapter), (tmp_path / "theirs", other)):
@@ -88,11 +88,11 @@ def test_a_candidate_is_named_for_the_tensors_that_it_gave(scene: Scene, tmp_pat
     mixed = {name: theirs[name] if "layers.1." in name else values for name, values in own.items()}
     given = [name for name in mixed if not torch.equal(mixed[name], own[name])]
     write_weights(tmp_path / "m", mixed)
-    report = Verifier().report(tmp_path / "m", base, adapter, other)
+    report = verifier.report(tmp_path / "m", base, adapter, other)
     (found,) = [finding for finding in report.findings if finding.severity is Severity.ERROR]
     assert (found.check, dict(found.measured)) == ("other-candidate", {"tensors": len(given)})
     write_weights(tmp_path / "m", mixed | {given[0]: mixed[given[0]] + 1})
-    report = Verifier().report(tmp_path / "m", base, adapter, other)
+    report = verifier.report(tmp_path / "m", base, adapter, other)
     found = {finding.check: finding for finding in report.findings if finding.severity is Severity.ERROR}
     assert found.keys() == {"other-candidate", "unexplained"}
     assert "--candidate" not in found["unexplained"].hint

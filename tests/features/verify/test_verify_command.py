@@ -10,25 +10,17 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.support.command import merge_gate
-from tests.support.gating import one_thread
 from tests.support.hub import LoopbackHub
 from tests.support.models import make_adapter
+from tests.support.published import flip
 from tests.support.verify.accounting import EXPORTS
-from tests.support.verify.merges import Scene, edit_json
+from tests.support.verify.file_changes import edited
+from tests.support.verify.merges import Scene
 
 if TYPE_CHECKING:
-    from tests.support.models import Shelf
+    pass
 
 VARIANT = "bfloat16-base"
-
-
-@pytest.fixture(scope="module")
-def scene(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Scene:
-    with one_thread():
-        made = Scene(shelf, tmp_path_factory.mktemp("scene"))
-        made.merge(VARIANT)
-        made.merge(VARIANT, times=2)
-        return made
 
 
 def entry(place: Path) -> dict[str, object]:
@@ -59,51 +51,9 @@ def test_another_model_fails_unless_its_kind_is_allowed(scene: Scene, tmp_path: 
     assert {path.name for path in (tmp_path / "merge-gate-verify").iterdir()} >= {"report.html", "junit.xml"}
     allowed = merge_gate("verify", *words, "--allow", "applied-twice", cwd=tmp_path)
     assert allowed.code == 0, allowed.said
-
-
-@pytest.mark.parametrize(
-    "words",
-    [("./nowhere", "--adapter", "x/y"), (".",), (".", "--adapter", "x/y", "--allow", "exact")],
-    ids=["no directory", "no adapter", "a kind that is good"],
-)
-def test_a_usage_error_compares_nothing(words: tuple[str, ...], tmp_path: Path) -> None:
-    answer = merge_gate("verify", *words, cwd=tmp_path)
-    assert answer.code == 2, answer.said
-
-
-@pytest.mark.slow
-def test_an_adapter_that_cannot_be_merged_is_no_answer(scene: Scene, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    answer = merge_gate(
-        "verify", scene.merge(VARIANT), "--base", scene.base(VARIANT), "--adapter", broken, cwd=tmp_path
-    )
-    assert answer.code == 3, answer.said
-
-
-@pytest.mark.slow
-def test_a_published_directory_is_the_merge_as_it_was_published(scene: Scene, tmp_path: Path) -> None:
-    base, adapter = scene.base(VARIANT), scene.adapter(VARIANT)
-    answer = merge_gate("run", adapter, "--base", base, "--publish", "out", cwd=tmp_path)
-    assert answer.code == 0, answer.said
-    merged = tmp_path / "out" / adapter.name
-    answer = merge_gate("verify", merged, "--base", base, "--adapter", adapter, "-o", "of-merge", cwd=tmp_path)
-    assert answer.code == 0, answer.said
-    assert "exact" in answer.out
-    answer = merge_gate("verify", merged, cwd=tmp_path)
-    assert answer.code == 0, answer.said
-    assert "as-published" in answer.out
-    with (merged / "config.json").open("a") as file:
-        file.write(" ")
-    answer = merge_gate("verify", merged, cwd=tmp_path)
-    assert answer.code == 1, answer.said
-    assert entry(tmp_path)["cause"] == "file-changed"
-
-
-def _byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[-3] ^= 0x40
-    path.write_bytes(content)
+    (tmp_path / "broken").mkdir()
+    broken = merge_gate("verify", *words[:-1], "broken", cwd=tmp_path)
+    assert broken.code == 3, "an adapter that cannot be merged is no answer"
 
 
 @pytest.mark.slow
@@ -115,9 +65,9 @@ def test_a_changed_export_fails(tmp_path: Path) -> None:
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     for number, (change, kinds) in enumerate(
         (
-            (lambda out: _byte(out / "model.safetensors"), {"unexplained", "base-changed", "imprecise", "nonfinite"}),
-            (lambda out: edit_json(out / "tokenizer.json", truncation=truncation), {"tokenizer-differs"}),
-            (lambda out: edit_json(out / "config.json", rms_norm_eps=0.5), {"config-differs"}),
+            (lambda out: flip(out / "model.safetensors"), {"unexplained", "base-changed", "imprecise", "nonfinite"}),
+            (edited("tokenizer.json", truncation=truncation), {"tokenizer-differs"}),
+            (edited("config.json", rms_norm_eps=0.5), {"config-differs"}),
         )
     ):
         merged, output = tmp_path / f"m{number}", tmp_path / f"o{number}"

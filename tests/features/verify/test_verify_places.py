@@ -179,32 +179,16 @@ def test_a_mistake_is_refused_and_touches_nothing(place: Path, words: tuple[str,
 # --- its own record --------------------------------------------------------------------------------------------------
 
 
-def manifest_is_link(model: Path) -> None:
-    (model / MANIFEST_NAME).rename(model.parent / "elsewhere.json")
-    (model / MANIFEST_NAME).symlink_to("../elsewhere.json")
-
-
 def twice(model: Path) -> None:
     text = (model / MANIFEST_NAME).read_text()
     (model / MANIFEST_NAME).write_text(text.replace('"name": "support",', '"name": "support", "name": "support",', 1))
 
 
-CHANGED: dict[str, Callable[[Path], object]] = {
-    "a hidden file": lambda model: (model / ".x").write_bytes(b""),
-    "an empty folder": lambda model: (model / "more").mkdir(),
-    "a pipe": lambda model: os.mkfifo(model / "pipe"),
-    "a link": lambda model: (model / "link").symlink_to("config.json"),
-    "a link to a folder": lambda model: (model / "link").symlink_to("additional_chat_templates"),
-    "a hard link": lambda model: os.link(model / "config.json", model / "hard.json"),
-    "a name that is no UTF-8": lambda model: (model / os.fsdecode(b"\xff")).write_bytes(b""),
-    "a file less": lambda model: (model / "config.json").unlink(),
-    "the card edited": lambda model: (model / "README.md").write_bytes(b"mine"),
-    "merge-gate.json in another spelling": lambda model: (model / MANIFEST_NAME).write_text(
-        json.dumps(json.loads((model / MANIFEST_NAME).read_text()))
-    ),
+CHANGED = published.CHANGES | {
+    "a link to a folder": lambda model: (model / "link").symlink_to("additional_chat_templates")
 }
 UNREADABLE: dict[str, Callable[[Path], object]] = {
-    "merge-gate.json is a link": manifest_is_link,
+    "merge-gate.json is a link": lambda model: published.link(model / MANIFEST_NAME),
     "merge-gate.json has a key twice": twice,
     "merge-gate.json has 17 MB": lambda model: (model / MANIFEST_NAME).write_bytes(b" " * (17 << 20)),
 }

@@ -5,10 +5,9 @@ In: directories. Out: findings. The worker's part runs in this process.
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
@@ -21,6 +20,7 @@ from merge_gate.files.base_files import read_base
 from merge_gate.records.files import AdapterFiles, Entry, Snapshot
 from merge_gate.records.terms import Severity
 from tests.support.gating import SPEC
+from tests.support.verify.file_changes import CONFIG, GENERATION, PROCESSOR, SETTINGS, TOKENIZER, edited, read, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -65,15 +65,6 @@ def kinds(merged: Path, base: Path, adapter: Path | None = None, withheld: Itera
     return {one.check for one in account(merged, base, adapter, withheld)[0] if one.severity is Severity.ERROR}
 
 
-def write(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value, indent=2), encoding="utf-8")
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def rich_base(out: Path) -> Path:
     """A base with all that a model directory has: a byte-level BPE, a template, a processor, code, and papers."""
     shutil.copytree(EXPORTS / "base", out)
@@ -92,22 +83,12 @@ def rich_base(out: Path) -> Path:
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=["<end>"]
     ).save_pretrained(out)
     write(out / "chat_template.jinja", TEMPLATE)
-    config = read(out / "config.json")
     labels = {"id2label": {"0": "negative", "1": "positive"}, "label2id": {"negative": 0, "positive": 1}}
-    code = {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
-    write(out / "config.json", config | labels | code)
-    write(
-        out / "generation_config.json",
-        {"bos_token_id": 60, "eos_token_id": [61, 62], "temperature": 0.6, "do_sample": True},
-    )
-    write(
-        out / "preprocessor_config.json",
-        {
-            "image_processor_type": "ViTImageProcessor",
-            "image_mean": [0.5, 0.5, 0.5],
-            "size": {"height": 32, "width": 32},
-        },
-    )
+    edited(CONFIG, **labels, auto_map={"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"})(out)
+    generation = {"bos_token_id": 60, "eos_token_id": [61, 62], "temperature": 0.6, "do_sample": True}
+    write(out / GENERATION, generation)
+    processor = {"image_processor_type": "ViTImageProcessor", "image_mean": [0.5] * 3}
+    write(out / PROCESSOR, processor | {"size": {"height": 32, "width": 32}})
     write(out / "modeling_own.py", "class OwnForCausalLM: ...\n")
     write(out / "LICENSE", "free\n")
     write(out / "README.md", "# A base\n")
@@ -116,7 +97,7 @@ def rich_base(out: Path) -> Path:
 
 def saved_by_transformers_4(out: Path) -> None:
     """The layout of transformers 4.5x for the same tokenizer, which axolotl and unsloth write too."""
-    form, config = read(out / "tokenizer.json"), read(out / "tokenizer_config.json")
+    form, config = read(out / TOKENIZER), read(out / SETTINGS)
     config = {key: one for key, one in config.items() if key not in {"backend", "is_local", "local_files_only"}}
     added = {str(one["id"]): {key: part for key, part in one.items() if key != "id"} for one in form["added_tokens"]}
     config |= {
@@ -126,7 +107,7 @@ def saved_by_transformers_4(out: Path) -> None:
         "additional_special_tokens": ["<end>"],
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    write(out / "tokenizer_config.json", config)
+    write(out / SETTINGS, config)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     tokens = {
         f"{name}_token": {"content": text} | flags for name, text in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))

@@ -29,11 +29,15 @@ from tests.support.models import (
     read_tensors,
     write_config,
 )
+from tests.support.verify.file_changes import added, edited, removed
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from tests.support.verify.file_changes import Change
+
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+VARIANT = "bfloat16-base"
 MTP = {f"mtp.layers.0.{name}.weight": (32, 32) for name in ("q_proj", "k_proj", "v_proj", "o_proj", "norm", "head")}
 
 
@@ -67,12 +71,6 @@ def write_shards(directory: Path, tensors: Tensors, count: int = 2) -> None:
         save_file(part, directory / file, {"format": "pt"})
         shard_of |= dict.fromkeys(part, file)
     (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
-
-
-def edit_json(path: Path, **changes: Any) -> None:
-    values = json.loads(path.read_text()) if path.exists() else {}
-    values |= changes
-    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
 
 
 # --- the scene -------------------------------------------------------------------------------------------------------
@@ -155,6 +153,7 @@ def by_hand(
     write_weights(out, tensors)
 
 
+SHARD, BODY, F16 = "model-00001-of-00002.safetensors", "feature-extraction", "float16-base"
 POSITIONS = {"embeddings.position_ids": torch.arange(32)[None]}
 MASKS = {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, 32, 32, dtype=torch.bool) for layer in range(2)}
 FREQUENCIES = {f"model.layers.{layer}.self_attn.rotary_emb.inv_freq": torch.ones(4) for layer in range(2)}
@@ -197,7 +196,7 @@ class Recipe:
     name: str
     kind: str
     make: Callable[[Scene, Path], None]
-    variant: str = "bfloat16-base"
+    variant: str = VARIANT
     also: tuple[str, ...] = ()
     base: Callable[[Scene], Path] | None = None
     adapter: Callable[[Scene], Path] | None = None
@@ -221,19 +220,18 @@ def _copy(source: Path, out: Path) -> None:
     shutil.copytree(source, out, dirs_exist_ok=True)
 
 
-def _edited(change: Callable[[Tensors], None], variant: str = "bfloat16-base") -> Callable[[Scene, Path], None]:
+def _with_tensors(change: Callable[[Tensors], None], variant: str = VARIANT) -> Callable[[Scene, Path], None]:
     """PEFT's merge with some tensors changed."""
 
-    def make(scene: Scene, out: Path) -> None:
-        _copy(scene.merge(variant), out)
+    def change_tensors(out: Path) -> None:
         tensors = weights_of(out)
         change(tensors)
         write_weights(out, tensors)
 
-    return make
+    return _with_files(change_tensors, variant)
 
 
-def _with_files(change: Callable[[Path], None], variant: str = "bfloat16-base") -> Callable[[Scene, Path], None]:
+def _with_files(change: Change, variant: str = VARIANT) -> Callable[[Scene, Path], None]:
     """PEFT's merge with some files changed."""
 
     def make(scene: Scene, out: Path) -> None:
@@ -243,8 +241,16 @@ def _with_files(change: Callable[[Path], None], variant: str = "bfloat16-base") 
     return make
 
 
-def _hand(variant: str = "bfloat16-base", **how: Any) -> Callable[[Scene, Path], None]:
+def _hand(variant: str = VARIANT, **how: Any) -> Callable[[Scene, Path], None]:
     return lambda scene, out: by_hand(scene.base(variant), scene.adapter(variant), out, **how)
+
+
+def _tensors(name: str, kind: str, change: Callable[[Tensors], None], variant: str = VARIANT) -> Recipe:
+    return Recipe(name, kind, _with_tensors(change, variant), variant)
+
+
+def _files(name: str, kind: str, change: Change, variant: str = VARIANT, also: tuple[str, ...] = ()) -> Recipe:
+    return Recipe(name, kind, _with_files(change, variant), variant, also)
 
 
 # --- a base with a tokenizer, a chat template, and MTP heads ---------------------------------------------------------
@@ -271,25 +277,25 @@ def dressed(base: Path, out: Path) -> None:
         "model": {"type": "WordLevel", "vocab": TOKENS, "unk_token": "<unk>"},
     }
     (out / "tokenizer.json").write_text(json.dumps(tokenizer))
-    edit_json(out / "tokenizer_config.json", eos_token="</s>", bos_token="<s>", chat_template=TEMPLATE)
-    edit_json(out / "generation_config.json", eos_token_id=[61, 62], bos_token_id=60)
+    edited("tokenizer_config.json", eos_token="</s>", bos_token="<s>", chat_template=TEMPLATE)(out)
+    edited("generation_config.json", eos_token_id=[61, 62], bos_token_id=60)(out)
 
 
 def _dressed_base(scene: Scene) -> Path:
-    return scene.once("dressed", lambda out: dressed(scene.base("bfloat16-base"), out))
+    return scene.once("dressed", lambda out: dressed(scene.base(VARIANT), out))
 
 
 def _dressed_merge(scene: Scene) -> Path:
     def make(out: Path) -> None:
         base = _dressed_base(scene)
-        by_hand(base, scene.adapter("bfloat16-base"), out)
-        tensors = weights_of(base) | weights_of(scene.merge("bfloat16-base"))
+        by_hand(base, scene.adapter(VARIANT), out)
+        tensors = weights_of(base) | weights_of(scene.merge(VARIANT))
         write_weights(out, tensors)
 
     return scene.once("dressed-merge", make)
 
 
-def _dressed(change: Callable[[Path], None]) -> Callable[[Scene, Path], None]:
+def _dressed(change: Change) -> Callable[[Scene, Path], None]:
     def make(scene: Scene, out: Path) -> None:
         _copy(_dressed_merge(scene), out)
         change(out)
@@ -297,12 +303,8 @@ def _dressed(change: Callable[[Path], None]) -> Callable[[Scene, Path], None]:
     return make
 
 
-def _of_dressed(name: str, kind: str, change: Callable[[Path], None], *also: str) -> Recipe:
+def _of_dressed(name: str, kind: str, change: Change, *also: str) -> Recipe:
     return Recipe(name, kind, _dressed(change), base=_dressed_base, also=also)
-
-
-def _nothing(_: Path) -> None:
-    """The merge as it is."""
 
 
 def _resaved(out: Path) -> None:
@@ -325,26 +327,20 @@ def _other_vocabulary(out: Path) -> None:
 
 
 def _other_adapter(scene: Scene) -> Path:
-    return scene.once("another", lambda out: make_adapter(scene.base("bfloat16-base"), out, seed=9))
+    return scene.once("another", lambda out: make_adapter(scene.base(VARIANT), out, seed=9))
 
 
-def _merge_of_another(scene: Scene) -> Path:
-    return scene.once(
-        "merge-of-another", lambda out: peft_merge(scene.base("bfloat16-base"), _other_adapter(scene), out)
-    )
+def _merge_of_another(scene: Scene, out: Path) -> None:
+    peft_merge(scene.base(VARIANT), _other_adapter(scene), out)
 
 
-def _other_revision(scene: Scene) -> Path:
-    def make(out: Path) -> None:
-        _copy(scene.base("bfloat16-base"), out)
-        generator = torch.Generator().manual_seed(3)
-        tensors = weights_of(out)
-        write_weights(
-            out,
-            {name: one + (torch.randn(one.shape, generator=generator) * 0.02).to(one) for name, one in tensors.items()},
-        )
-
-    return scene.once("other-revision", make)
+def _merge_into_another(scene: Scene, out: Path) -> None:
+    """The merge into another revision of the base."""
+    other, generator = out.with_name(f"{out.name}-base"), torch.Generator().manual_seed(3)
+    _copy(scene.base(VARIANT), other)
+    noise = {name: torch.randn(one.shape, generator=generator) * 0.02 for name, one in weights_of(other).items()}
+    write_weights(other, {name: one + noise[name].to(one) for name, one in weights_of(other).items()})
+    peft_merge(other, scene.adapter(VARIANT), out)
 
 
 def _into_quantized(scene: Scene, out: Path) -> None:
@@ -352,11 +348,11 @@ def _into_quantized(scene: Scene, out: Path) -> None:
     from bitsandbytes import functional  # noqa: PLC0415
 
     by_hand(scene.base("wide"), scene.adapter("wide"), out, factor=0)
-    tensors, added = weights_of(out), deltas(scene.adapter("wide"))
+    tensors, of_layers = weights_of(out), deltas(scene.adapter("wide"))
     for name, one in tensors.items():
         if name.startswith("model.layers") and one.dim() == 2:
             packed, state = functional.quantize_4bit(one, blocksize=64, quant_type="nf4")
-            tensors[name] = functional.dequantize_4bit(packed, state).to(one.dtype) + added.get(name, 0)
+            tensors[name] = functional.dequantize_4bit(packed, state).to(one.dtype) + of_layers.get(name, 0)
     write_weights(out, tensors)
 
 
@@ -379,25 +375,14 @@ def _rslora_ignored(scene: Scene, out: Path) -> None:
 
 def _rank_eight(scene: Scene) -> Path:
     """α/r and √r differ from 2: the reason of a factor is then unambiguous."""
-    return scene.once("rank-eight", lambda out: make_adapter(scene.base("bfloat16-base"), out, r=16, lora_alpha=48))
-
-
-def _rank_eight_by(**how: Any) -> Callable[[Scene, Path], None]:
-    return lambda scene, out: by_hand(scene.base("bfloat16-base"), _rank_eight(scene), out, **how)
+    return scene.once("rank-eight", lambda out: make_adapter(scene.base(VARIANT), out, r=16, lora_alpha=48))
 
 
 def _strength(name: str, **how: Any) -> Recipe:
-    return Recipe(name, "other-strength", _rank_eight_by(**how), adapter=_rank_eight)
+    def make(scene: Scene, out: Path) -> None:
+        by_hand(scene.base(VARIANT), _rank_eight(scene), out, **how)
 
-
-def _layers(tensors: Tensors, part: str, source: Tensors) -> None:
-    for name in tensors:
-        if part in name:
-            tensors[name] = source[name]
-
-
-def _partly(part: str) -> Callable[[Scene, Path], None]:
-    return lambda scene, out: by_hand(scene.base("bfloat16-base"), scene.adapter("bfloat16-base"), out, part=part)
+    return Recipe(name, "other-strength", make, adapter=_rank_eight)
 
 
 def _set(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
@@ -437,8 +422,8 @@ def _rows(count: int) -> Callable[[Tensors], None]:
 
 
 def _smaller(scene: Scene, out: Path) -> None:
-    _edited(_rows(60))(scene, out)
-    edit_json(out / "config.json", vocab_size=60)
+    _with_tensors(_rows(60))(scene, out)
+    edited("config.json", vocab_size=60)(out)
 
 
 def _stale(out: Path) -> None:
@@ -447,18 +432,16 @@ def _stale(out: Path) -> None:
     save_file({"model.norm.weight": tensors["model.norm.weight"] + 1}, out / "model-00001-of-00009.safetensors")
 
 
-def _ghost(out: Path) -> None:
-    write_shards(out, weights_of(out))
-    index = json.loads((out / INDEX).read_text())
-    index["weight_map"]["mtp.head.weight"] = "model-00001-of-00002.safetensors"
-    (out / INDEX).write_text(json.dumps(index))
+def _indexed(change: Callable[[dict[str, str]], object]) -> Change:
+    """Two shards, and an index of which an entry is changed."""
 
+    def write(out: Path) -> None:
+        write_shards(out, weights_of(out))
+        index = json.loads((out / INDEX).read_text())
+        change(index["weight_map"])
+        (out / INDEX).write_text(json.dumps(index))
 
-def _unlisted(out: Path) -> None:
-    write_shards(out, weights_of(out))
-    index = json.loads((out / INDEX).read_text())
-    del index["weight_map"]["model.norm.weight"]
-    (out / INDEX).write_text(json.dumps(index))
+    return write
 
 
 def _missing_shard(out: Path) -> None:
@@ -475,12 +458,12 @@ def _adapter_left(out: Path) -> None:
     write_config(out, {"peft_type": "LORA", "base_model_name_or_path": "x"})
 
 
-def _untied(added: float) -> Callable[[Path], None]:
+def _untied(difference: float) -> Callable[[Path], None]:
     def change(out: Path) -> None:
         tensors = weights_of(out)
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + added
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + difference
         write_weights(out, tensors)
-        edit_json(out / "config.json", tie_word_embeddings=False)
+        edited("config.json", tie_word_embeddings=False)(out)
 
     return change
 
@@ -490,7 +473,7 @@ def _tied(out: Path) -> None:
     tensors = weights_of(out)
     del tensors["lm_head.weight"]
     write_weights(out, tensors)
-    edit_json(out / "config.json", tie_word_embeddings=True)
+    edited("config.json", tie_word_embeddings=True)(out)
 
 
 def _stored_twice(tensors: Tensors) -> None:
@@ -503,10 +486,6 @@ def _renamed(tensors: Tensors) -> None:
         tensors[name.removeprefix("model.")] = tensors.pop(name)
 
 
-def _shards_of(count: int) -> Callable[[Path], None]:
-    return lambda out: write_shards(out, weights_of(out), count)
-
-
 EXACT = [
     "all-linear", "rslora", "patterns", "dora", "lora-bias", "bias-all", "modules-to-save", "token-rows", "embedding",
     "saved-embedding", "resized-vocabulary", "conv1d", "fused-experts", "tied-base", "tied-tokens",
@@ -516,32 +495,30 @@ EXACT = [
 
 RIGHT = [
     *(Recipe(f"PEFT {variant}", "exact", _merged(variant), variant=variant) for variant in EXACT),
-    Recipe("PEFT bfloat16", "exact", _merged("bfloat16-base")),
-    Recipe("PEFT in shards", "exact", _merged("bfloat16-base", max_shard_size="20KB")),
-    Recipe("in three shards", "exact", _with_files(_shards_of(3))),
-    Recipe("PEFT without safe_merge", "other-order", _merged("bfloat16-base", safe_merge=False)),
-    Recipe(
-        "PEFT without safe_merge in float16", "other-order", _merged("float16-base", safe_merge=False), "float16-base"
-    ),
+    Recipe("PEFT bfloat16", "exact", _merged(VARIANT)),
+    Recipe("PEFT in shards", "exact", _merged(VARIANT, max_shard_size="20KB")),
+    _files("in three shards", "exact", lambda out: write_shards(out, weights_of(out), 3)),
+    Recipe("PEFT without safe_merge", "other-order", _merged(VARIANT, safe_merge=False)),
+    Recipe("PEFT without safe_merge in float16", "other-order", _merged(F16, safe_merge=False), F16),
     Recipe("by hand", "other-order", _hand()),
     Recipe("by hand in float32", "exact", _hand("plain"), "plain"),
     Recipe("another order of the product", "rounding", _scaled_before, "plain"),
-    _of_dressed("all files", "exact", _nothing),
+    _of_dressed("all files", "exact", lambda _: None),
     _of_dressed("a tokenizer saved again", "exact", _resaved),
-    _of_buffers("positions not stored", "exact", "feature-extraction", POSITIONS),
-    _of_buffers("positions stored", "exact", "feature-extraction", POSITIONS, POSITIONS),
+    _of_buffers("positions not stored", "exact", BODY, POSITIONS),
+    _of_buffers("positions stored", "exact", BODY, POSITIONS, POSITIONS),
     _of_buffers("positions of the body not stored", "exact", "six-labels", POSITIONS),
     _of_buffers("masks not stored", "exact", "conv1d", MASKS),
     _of_buffers("rotary frequencies not stored", "exact", "plain", FREQUENCIES),
 ]
 
 WRONG = [
-    Recipe("factors in bfloat16", "imprecise", _merged("bfloat16-base", autocast=False)),
-    Recipe("the base", "not-applied", lambda scene, out: _copy(scene.base("bfloat16-base"), out)),
+    Recipe("factors in bfloat16", "imprecise", _merged(VARIANT, autocast=False)),
+    Recipe("the base", "not-applied", lambda scene, out: _copy(scene.base(VARIANT), out)),
     Recipe("the base in float32", "not-applied", lambda scene, out: _copy(scene.base("plain"), out), "plain"),
-    Recipe("one layer only", "applied-in-part", _partly("layers.1.")),
-    Recipe("one projection only", "applied-in-part", _partly("q_proj")),
-    Recipe("merged twice", "applied-twice", _merged("bfloat16-base", times=2)),
+    Recipe("one layer only", "applied-in-part", _hand(part="layers.1.")),
+    Recipe("one projection only", "applied-in-part", _hand(part="q_proj")),
+    Recipe("merged twice", "applied-twice", _merged(VARIANT, times=2)),
     Recipe("merged twice in float32", "applied-twice", _merged("plain", times=2), "plain"),
     _strength("scaled by alpha", scaling=48.0),
     _strength("scaled by alpha / √r", scaling=48 / 4),
@@ -550,103 +527,48 @@ WRONG = [
     _strength("subtracted", factor=-1.0),
     Recipe("rslora ignored", "other-strength", _rslora_ignored, "rslora"),
     Recipe(
-        "another candidate",
-        "other-candidate",
-        lambda scene, out: _copy(_merge_of_another(scene), out),
-        candidates=lambda scene: (_other_adapter(scene),),
+        "another candidate", "other-candidate", _merge_of_another, candidates=lambda scene: (_other_adapter(scene),)
     ),
-    Recipe("another adapter", "unexplained", lambda scene, out: _copy(_merge_of_another(scene), out)),
+    Recipe("another adapter", "unexplained", _merge_of_another),
     Recipe("a base in 4 bits", "wrong-base", _into_quantized, "wide"),
-    Recipe(
-        "another revision",
-        "wrong-base",
-        lambda scene, out: peft_merge(_other_revision(scene), scene.adapter("bfloat16-base"), out),
-    ),
-    Recipe("a norm changed", "base-changed", _edited(_set("model.norm.weight", lambda one: one + 0.5))),
-    Recipe("a head of zeros", "base-changed", _edited(_set("lm_head.weight", torch.zeros_like))),
+    Recipe("another revision", "wrong-base", _merge_into_another),
+    _tensors("a norm changed", "base-changed", _set("model.norm.weight", lambda one: one + 0.5)),
+    _tensors("a head of zeros", "base-changed", _set("lm_head.weight", torch.zeros_like)),
     _of_dressed("MTP heads dropped", "not-carried", _without_mtp),
-    _of_buffers(
-        "MTP heads dropped with positions", "not-carried", "feature-extraction", POSITIONS | {"mtp.x": torch.ones(3)}
-    ),
-    _of_buffers(
-        "other positions",
-        "base-changed",
-        "feature-extraction",
-        POSITIONS,
-        {"embeddings.position_ids": POSITIONS["embeddings.position_ids"] + 1},
-    ),
-    Recipe("a head dropped", "not-carried", _edited(_drop("lm_head"))),
-    Recipe("a layer's norms dropped", "not-carried", _edited(_drop("layers.1.input_layernorm", "layers.1.post_att"))),
-    Recipe("a tensor added", "added", _edited(lambda tensors: tensors.update({"x.weight": torch.ones(3)}))),
-    Recipe("a tensor stored twice, under another name too", "added", _edited(_stored_twice)),
-    Recipe("other names", "renamed", _edited(_renamed)),
-    Recipe("an equal head untied", "tied", _with_files(_untied(0), "tied-base"), "tied-base", also=("tied",)),
-    Recipe("a head untied", "base-changed", _with_files(_untied(0.5), "tied-base"), "tied-base", also=("tied", "tied")),
-    Recipe("a head tied", "base-changed", _with_files(_tied), also=("tied", "tied")),
-    Recipe(
-        "a head tied to a merged embedding",
-        "base-changed",
-        _with_files(_tied, "embedding"),
-        "embedding",
-        also=("tied", "tied"),
-    ),
-    Recipe("a second set of shards", "stale-shards", _with_files(_stale)),
-    Recipe("a ghost in the index", "ghost-index", _with_files(_ghost)),
-    Recipe("a tensor that the index lacks", "ghost-index", _with_files(_unlisted)),
-    Recipe("cast to float16", "dtype-changed", _edited(_cast(torch.float16))),
-    Recipe("cast to float32", "dtype-changed", _edited(_cast(torch.float32))),
-    Recipe(
-        "merged in float32",
-        "dtype-changed",
-        _merged("bfloat16-base", dtype=torch.float32),
-        also=("dtype-changed",),
-    ),
-    Recipe(
-        "another dtype declared",
-        "dtype-changed",
-        _with_files(lambda out: edit_json(out / "config.json", dtype="float16")),
-    ),
-    Recipe("a trained head lost", "not-carried", _edited(_drop("classifier"), "six-labels"), "six-labels"),
-    Recipe("rows lost", "broken-files", _edited(_rows(60))),
+    _of_buffers("MTP heads dropped with positions", "not-carried", BODY, POSITIONS | {"mtp.x": torch.ones(3)}),
+    _of_buffers("other positions", "base-changed", BODY, POSITIONS, {name: one + 1 for name, one in POSITIONS.items()}),
+    _tensors("a head dropped", "not-carried", _drop("lm_head")),
+    _tensors("a layer's norms dropped", "not-carried", _drop("layers.1.input_layernorm", "layers.1.post_att")),
+    _tensors("a tensor added", "added", lambda tensors: tensors.update({"x.weight": torch.ones(3)})),
+    _tensors("a tensor stored twice, under another name too", "added", _stored_twice),
+    _tensors("other names", "renamed", _renamed),
+    _files("an equal head untied", "tied", _untied(0), "tied-base", also=("tied",)),
+    _files("a head untied", "base-changed", _untied(0.5), "tied-base", also=("tied", "tied")),
+    _files("a head tied", "base-changed", _tied, also=("tied", "tied")),
+    _files("a head tied to a merged embedding", "base-changed", _tied, "embedding", also=("tied", "tied")),
+    _files("a second set of shards", "stale-shards", _stale),
+    _files("a ghost in the index", "ghost-index", _indexed(lambda files: files.update({"mtp.head.weight": SHARD}))),
+    _files("a tensor that the index lacks", "ghost-index", _indexed(lambda files: files.pop("model.norm.weight"))),
+    _tensors("cast to float16", "dtype-changed", _cast(torch.float16)),
+    _tensors("cast to float32", "dtype-changed", _cast(torch.float32)),
+    Recipe("merged in float32", "dtype-changed", _merged(VARIANT, dtype=torch.float32), also=("dtype-changed",)),
+    _files("another dtype declared", "dtype-changed", edited("config.json", dtype="float16")),
+    _tensors("a trained head lost", "not-carried", _drop("classifier"), "six-labels"),
+    _tensors("rows lost", "broken-files", _rows(60)),
     Recipe("a smaller vocabulary", "shape-changed", _smaller),
-    Recipe(
-        "pickles left behind", "stale-shards", _with_files(lambda out: (out / "pytorch_model.bin").write_bytes(b"x"))
-    ),
-    Recipe("NaN in a merged tensor", "nonfinite", _edited(_set("model.layers.0.self_attn.q_proj.weight", _nan))),
-    Recipe("NaN elsewhere", "nonfinite", _edited(_set("lm_head.weight", _nan))),
-    Recipe("a shard missing", "broken-files", _with_files(_missing_shard)),
-    Recipe("a file cut off", "broken-files", _with_files(_cut_off)),
-    Recipe("an adapter left behind", "broken-files", _with_files(_adapter_left)),
-    Recipe(
-        "another rope",
-        "config-differs",
-        _with_files(lambda out: edit_json(out / "config.json", rope_theta=5.0, rope_parameters=...)),
-    ),
+    _files("pickles left behind", "stale-shards", added("pytorch_model.bin")),
+    _tensors("NaN in a merged tensor", "nonfinite", _set("model.layers.0.self_attn.q_proj.weight", _nan)),
+    _tensors("NaN elsewhere", "nonfinite", _set("lm_head.weight", _nan)),
+    _files("a shard missing", "broken-files", _missing_shard),
+    _files("a file cut off", "broken-files", _cut_off),
+    _files("an adapter left behind", "broken-files", _adapter_left),
+    _files("another rope", "config-differs", edited("config.json", rope_theta=5.0, rope_parameters=...)),
     _of_dressed("another vocabulary", "tokenizer-differs", _other_vocabulary),
-    _of_dressed("no tokenizer", "tokenizer-differs", lambda out: (out / "tokenizer.json").unlink()),
-    _of_dressed(
-        "no chat template",
-        "chat-template-differs",
-        lambda out: edit_json(out / "tokenizer_config.json", chat_template=...),
-    ),
-    _of_dressed(
-        "a stop token lost",
-        "stop-tokens-differ",
-        lambda out: edit_json(out / "generation_config.json", eos_token_id=61),
-    ),
-    _of_dressed(
-        "no generation config",
-        "stop-tokens-differ",
-        lambda out: (out / "generation_config.json").unlink(),
-        "settings-differ",
-    ),
-    _of_dressed(
-        "another limit of new tokens",
-        "settings-differ",
-        lambda out: edit_json(out / "generation_config.json", max_new_tokens=1),
-    ),
-    Recipe(
-        "weights of another format", "unexpected-file", _with_files(lambda out: (out / "model.gguf").write_bytes(b"x"))
-    ),
+    _of_dressed("no tokenizer", "tokenizer-differs", removed("tokenizer.json")),
+    _of_dressed("no chat template", "chat-template-differs", edited("tokenizer_config.json", chat_template=...)),
+    _of_dressed("a stop token lost", "stop-tokens-differ", edited("generation_config.json", eos_token_id=61)),
+    _of_dressed("no generation config", "stop-tokens-differ", removed("generation_config.json"), "settings-differ"),
+    _of_dressed("another limit of new tokens", "settings-differ", edited("generation_config.json", max_new_tokens=1)),
+    _files("weights of another format", "unexpected-file", added("model.gguf")),
 ]
 """Each with one thing wrong."""

@@ -21,7 +21,8 @@ from merge_gate.features.verify.expected_differences import same
 from merge_gate.features.verify.finished_settings import _normal
 from merge_gate.records.files import MANIFEST_NAME
 from merge_gate.records.terms import Severity
-from tests.support.verify.accounting import account, rich_base, saved_by_transformers_4, saved_by_transformers_5, write
+from tests.support.verify.accounting import account, rich_base, saved_by_transformers_4, saved_by_transformers_5
+from tests.support.verify.file_changes import write
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

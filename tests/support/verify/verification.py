@@ -5,7 +5,6 @@ In: directories. Out: the report's entry on the finished one.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import ResolveError
@@ -19,11 +18,11 @@ from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import resolve_base
 from merge_gate.records.files import Entry, Snapshot
+from merge_gate.records.terms import Severity
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.gating import SPEC, Gate
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
     from pathlib import Path
 
     from merge_gate.features.verify.comparison import SettingsFiles
@@ -31,11 +30,11 @@ if TYPE_CHECKING:
     from merge_gate.records.report import AdapterReport
 
 
-@dataclass
 class Verifier:
     """Keeps the bases that it has loaded."""
 
-    gate: Gate = field(default_factory=Gate)
+    def __init__(self) -> None:
+        self._gate = Gate()
 
     def report(
         self, merged: Path, base: Path, adapter: Path, *candidates: Path, allowed: tuple[str, ...] = ()
@@ -51,17 +50,6 @@ class Verifier:
         settings = settings_files(finished, entry)
         evidence, comparison = self.compared(finished, base, adapter, settings)
         others = {path.name: self.compared(finished, base, path)[1] for path in candidates}
-        return self.named(finished, entry, evidence, comparison, others, allowed)
-
-    @staticmethod
-    def named(
-        finished: Snapshot,
-        entry: Entry,
-        evidence: Evidence,
-        comparison: Comparison,
-        others: Mapping[str, Comparison],
-        allowed: tuple[str, ...],
-    ) -> AdapterReport:
         findings = answer.findings_of(finished, entry, comparison, others)
         return answer.compared_report(finished, entry, evidence, findings, allowed)
 
@@ -69,7 +57,7 @@ class Verifier:
         self, finished: Snapshot, base: Path, adapter: Path, settings: SettingsFiles | None = None
     ) -> tuple[Evidence, Comparison]:
         files = preflight(str(adapter), allow_pickle=False)
-        loaded = self.gate.base(base, files, dtype="auto")
+        loaded = self._gate.base(base, files, dtype="auto")
         model_class = model_class_for(str(base), files, stored_tensors(base))
         account = accounting.account_for(str(base), model_class, base.name, stored_tensors(base))
         of_base = resolve_base(str(base)).base_files
@@ -81,14 +69,18 @@ class Verifier:
                 directory=finished.directory, stored=finished.base_files.tensors, feed=feed, settings=settings
             )
             consumer = finished_model.comparing(
-                others,
-                own,
-                base=loaded,
-                model_class=model_class,
-                label=finished.name,
-                base_map=account.map,
+                others, own, base=loaded, model_class=model_class, label=finished.name, base_map=account.map
             )
             evidence = merge(MergeRequest(base=loaded, members=(files,), consumers=(consumer,)))
             comparison = dict(evidence.facts)["verify"]
             assert isinstance(comparison, Comparison)
             return evidence, comparison
+
+
+def told(report: AdapterReport) -> str:
+    """The findings, a line for each."""
+    return "\n".join(f"{one.severity} {one.check}: {one.message}" for one in report.findings)
+
+
+def errors(report: AdapterReport) -> list[str]:
+    return [one.check for one in report.findings if one.severity is Severity.ERROR]
