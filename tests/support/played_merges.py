@@ -8,6 +8,8 @@ In: a directory. Out: a base, adapters, and runs on them, in this process or in 
 from __future__ import annotations
 
 import json
+import math
+import random
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,35 +29,57 @@ from merge_gate.worker.device import cpu_name
 from merge_gate.worker.protocol import Event, Group, Job
 from tests.support.judging.cases import base as base_facts
 from tests.support.judging.cases import evidence
-from tests.support.publish import Shapes, lay_base
 
 if TYPE_CHECKING:
     from merge_gate.features.publish.feature import Publications
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}
-MERGED = "layers.{}.q.weight"
-LAYERS = 4
+NAMES = [f"layers.{layer}.q.weight" for layer in range(4)]
+"""The tensors that a played merge changes."""
 
 
-def lay(place: Path, *, names: Sequence[str] = ("one", "two"), rows: int = 8) -> dict[str, bytes]:
-    """A base in two shards, and adapters. Returns the bytes of the base's tensors."""
+Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+_BYTES = {"I64": 8, "F32": 4, "BF16": 2, "F16": 2}
+
+
+def lay_base(directory: Path, files: Mapping[str, Shapes]) -> dict[str, bytes]:
+    """Write weight files with random values, an index if there are several, and config.json.
+
+    Returns the bytes of each tensor.
+    """
+    dice = random.Random(0)
+    tensors: dict[str, bytes] = {}
+    for name, shapes in files.items():
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        data = b""
+        for tensor, (dtype, shape) in shapes.items():
+            tensors[tensor] = dice.randbytes(_BYTES[dtype] * math.prod(shape))
+            end = len(data) + len(tensors[tensor])
+            entries[tensor] = {"dtype": dtype, "shape": list(shape), "data_offsets": [len(data), end]}
+            data += tensors[tensor]
+        header = json.dumps(entries).encode()
+        header += b" " * (-len(header) % 8)
+        (directory / name).write_bytes(len(header).to_bytes(8, "little") + header + data)
+    if len(files) > 1:
+        listed = {tensor: file for file, shapes in files.items() for tensor in shapes}
+        index = {"metadata": {"total_size": sum(map(len, tensors.values()))}, "weight_map": listed}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text("{}")
+    return tensors
+
+
+def lay(place: Path, *, names: Sequence[str] = ("one", "two"), rows: int = 8) -> None:
+    """A base in two shards, and adapters."""
     base = place / "base"
     base.mkdir()
-    first: Shapes = {"embed.weight": ("BF16", (rows, 8))} | {
-        MERGED.format(layer): ("BF16", (rows, 8)) for layer in range(LAYERS // 2)
-    }
-    second: Shapes = {MERGED.format(layer): ("BF16", (rows, 8)) for layer in range(LAYERS // 2, LAYERS)} | {
-        "mtp.weight": ("BF16", (rows, 8))
-    }
-    files = {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": second}
-    tensors = lay_base(base, files)
-    listed = {tensor: file for file, shapes in files.items() for tensor in shapes}
-    index = {"metadata": {"total_size": sum(map(len, tensors.values()))}, "weight_map": listed}
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    first, second = (
+        dict.fromkeys(tensors, ("BF16", (rows, 8)))
+        for tensors in (("embed.weight", *NAMES[:2]), (*NAMES[2:], "mtp.weight"))
+    )
+    lay_base(base, {"model-00001-of-00002.safetensors": first, "model-00002-of-00002.safetensors": second})
     (base / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": rows, "dtype": "bfloat16"}))
     for name in names:
         lay_adapter(place, name)
-    return tensors
 
 
 def lay_adapter(place: Path, name: str) -> None:
@@ -66,9 +90,19 @@ def lay_adapter(place: Path, name: str) -> None:
     (place / name / "adapter_config.json").write_text(json.dumps(CONFIG))
 
 
+def configure(place: Path, name: str = "gate.yml", **settings: Any) -> None:
+    """Write a configuration for the adapter "one", with more or other settings."""
+    (place / name).write_text(json.dumps({"version": 1, "base": "base", "adapters": ["one"]} | settings))
+
+
 def merged(content: bytes) -> bytes:
     """The bytes of a tensor after the played merge."""
     return bytes(reversed(content))
+
+
+def expected(base: Mapping[str, bytes]) -> dict[str, bytes]:
+    """The tensors of the published model."""
+    return {name: merged(content) if name in NAMES else content for name, content in base.items()}
 
 
 def play(
@@ -164,9 +198,8 @@ def _play_group(
 
 def write_all(publisher: Publications, task: int, tensors: Mapping[str, bytes]) -> None:
     """What a worker writes of a merge that changes the layers."""
-    names = [MERGED.format(layer) for layer in range(LAYERS)]
-    planned = tuple(StoredTensor(name=name, dtype="BF16", shape=(len(tensors[name]) // 16, 8)) for name in names)
-    write(publisher, task, planned, {name: merged(tensors[name]) for name in names})
+    planned = tuple(StoredTensor(name=name, dtype="BF16", shape=(len(tensors[name]) // 16, 8)) for name in NAMES)
+    write(publisher, task, planned, {name: merged(tensors[name]) for name in NAMES})
 
 
 def write(

@@ -22,20 +22,34 @@ ROOT = Path(__file__).parents[2]
 PLAYED = (sys.executable, "-m", "tests.support.played_merges")
 PATIENCE_S = 120.0
 
-KILLED_BEFORE_A_LOOK = """
-import os, sys
+_FILLED = """
+import os, shutil, sys
 from pathlib import Path
-from merge_gate.files.identity import directory_identity
 from merge_gate.features.publish import partial
+from merge_gate.files.identity import directory_identity
 place = Path(sys.argv[1])
+rename = Path.rename
 made = partial.PartialDirectory(place / "one")
 (made.model / "model.safetensors").write_bytes(b"new")
-before = directory_identity(place / "one")
-(place / "one" / "precious.txt").touch()
-partial.directory_identity = lambda _: os.kill(os.getpid(), 9)
-made.publish(replaces=before)
+
+def kill(*_):
+    os.kill(os.getpid(), 9)
 """
-"""A program that is killed after a user's file came in, and before what came out of an exchange is looked at."""
+
+
+def killed(place: Path, *lines: str) -> None:
+    """Run a program that fills the partial directory of `place / "one"`, and then these lines, one of which kills it.
+
+    The lines know `place`, `made` (the partial directory), `kill`, and `rename` (of `Path`).
+    """
+    done = subprocess.run([sys.executable, "-c", "\n".join((_FILLED, *lines)), str(place)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def killed_before_a_look(place: Path, change: str = "") -> None:
+    """Kill a program after `change`, and after the exchange of two models, before what came out of it is looked at."""
+    exchange = ("partial.directory_identity = kill", "made.publish(replaces=before)")
+    killed(place, 'before = directory_identity(place / "one")', change, *exchange)
 
 
 class KilledRuns:

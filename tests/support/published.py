@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import TYPE_CHECKING
 
 from merge_gate.features.publish.manifest import PublicationFacts, manifest_of, model_card, names_below, render
@@ -12,6 +13,7 @@ from merge_gate.records.report import AdapterReport
 from tests.support import reports
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from merge_gate.features.publish.manifest import Manifest
@@ -80,3 +82,43 @@ def records(folder: Path) -> tuple[HashedFile, ...]:
         for name in names_below(folder)
         if name != MANIFEST_NAME
     )
+
+
+def flip(path: Path) -> None:
+    """Change the last bit of a file."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+def edit(path: Path, old: bytes, new: bytes) -> None:
+    """Replace the first `old` by as many bytes."""
+    content = path.read_bytes()
+    assert old in content
+    assert len(old) == len(new)
+    path.write_bytes(content.replace(old, new, 1))
+
+
+def link(path: Path) -> None:
+    """Put a link to the same bytes, or to the same folder, in the place of a path."""
+    path.rename(path.parents[1] / "elsewhere")
+    path.symlink_to("../elsewhere")
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "a byte of the config": lambda model: flip(model / "config.json"),
+    "a byte of the card": lambda model: flip(model / CARD_NAME),
+    "a longer card": lambda model: (model / CARD_NAME).write_bytes(b"longer" * 1000),
+    "a value of the manifest": lambda model: edit(model / MANIFEST_NAME, b'"1.0"', b'"1.1"'),
+    "another spelling of the manifest": lambda model: edit(model / MANIFEST_NAME, b"\n", b" "),
+    "a file more": lambda model: (model / "modeling.py").touch(),
+    "a hidden file more": lambda model: (model / ".x").touch(),
+    "a name that is no UTF-8": lambda model: (model / os.fsdecode(b"\xff")).touch(),
+    "a file less": lambda model: (model / "config.json").unlink(),
+    "a link more": lambda model: (model / "link").symlink_to("config.json"),
+    "a link to the same bytes": lambda model: link(model / "config.json"),
+    "an empty folder more": lambda model: (model / "more").mkdir(),
+    "a folder in a folder more": lambda model: (model / "a" / "b").mkdir(parents=True),
+    "a pipe more": lambda model: os.mkfifo(model / "pipe"),
+    "a hard link more": lambda model: os.link(model / "config.json", model / "other.json"),
+}
+"""Changes of any published directory: after each of them, it is not as it was published."""

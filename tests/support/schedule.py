@@ -47,7 +47,7 @@ FIRST = (
     "tests/run/test_streamed_bases.py",
     "tests/features/verify/test_verify_command.py",
     "tests/test_quickstart_page.py",
-    "tests/features/publish/test_kills.py",
+    "tests/features/publish/test_partial.py",
 )
 """Units of work that take long though they have few tests."""
 

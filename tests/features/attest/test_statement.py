@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
 import re
 import subprocess
 from datetime import UTC, datetime
@@ -18,7 +17,7 @@ from merge_gate.cli.dispatch import main
 from merge_gate.features.attest import statement
 from merge_gate.features.attest.statement import Predicate, statements_of
 from merge_gate.features.publish.manifest import Manifest
-from merge_gate.records.files import CARD_NAME, MANIFEST_NAME
+from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, HashedFile
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import json_report
 from tests.support import published, reports
@@ -81,41 +80,11 @@ def test_each_adapter_of_a_report_has_its_own_statement(tmp_path: Path) -> None:
 # --- what is not attested --------------------------------------------------------------------------------------------
 
 
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-
-
-def other_folder(model: Path) -> None:
-    (model / "additional_chat_templates").rename(model.parent / "elsewhere")
-    (model / "additional_chat_templates").symlink_to(model.parent / "elsewhere")
-
-
-def link(model: Path) -> None:
-    (model / "config.json").rename(model.parent / "elsewhere")
-    (model / "config.json").symlink_to(model.parent / "elsewhere")
-
-
-def empty(model: Path) -> None:
-    model.rename(model.parent / "elsewhere")
-    model.mkdir()
-
-
-CHANGES: dict[str, Callable[[Path], object]] = {
-    "a byte of a weight": lambda model: flip(model / "model.safetensors"),
-    "a byte of the config": lambda model: flip(model / "config.json"),
-    "a byte of the manifest": lambda model: flip(model / MANIFEST_NAME),
-    "a file more": lambda model: (model / "modeling.py").write_bytes(b""),
-    "a hidden file more": lambda model: (model / ".x").write_bytes(b""),
-    "a file less": lambda model: (model / "config.json").unlink(),
-    "a link to the same bytes": link,
-    "a folder behind a link": other_folder,
-    "an empty directory": empty,
-    "an empty folder more": lambda model: (model / "more").mkdir(),
-    "a folder in a folder more": lambda model: (model / "a" / "b").mkdir(parents=True),
-    "a pipe more": lambda model: os.mkfifo(model / "pipe"),
-    "a hard link more": lambda model: os.link(model / "config.json", model / "other.json"),
+CHANGES = published.CHANGES | {
+    "a byte of a weight": lambda model: published.flip(model / "model.safetensors"),
+    "a byte of the manifest": lambda model: published.flip(model / MANIFEST_NAME),
+    "a folder behind a link": lambda model: published.link(model / "additional_chat_templates"),
+    "an empty directory": lambda model: (model.rename(model.with_name("elsewhere")), model.mkdir()),
 }
 
 
@@ -124,6 +93,11 @@ def test_a_changed_directory_is_not_attested(model: Path, change: Callable[[Path
     change(model)
     with pytest.raises(UsageError):
         statements_of(str(model), (), NOW)
+
+
+MANY_FILES = tuple(
+    HashedFile(path=f"{n}.bin", size_bytes=1, sha256="0" * 64) for n in range(statement.MOST_SUBJECTS + 1)
+)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +109,7 @@ def test_a_changed_directory_is_not_attested(model: Path, change: Callable[[Path
         ((reports.adapter(),), {"is_comparison": True}, ()),
         ((reports.adapter(),), {}, ("other",)),
         ((reports.adapter(files=()),), {}, ()),
+        ((reports.adapter(files=MANY_FILES),), {}, ()),
     ],
 )
 def test_a_report_without_anything_to_attest_is_refused(
@@ -145,14 +120,6 @@ def test_a_report_without_anything_to_attest_is_refused(
         statements_of(str(tmp_path), only, NOW)
 
 
-def test_a_statement_has_limits(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(statement, "MOST_SUBJECTS", len(published.FILES) + 2)
-    assert statements_of(str(model), (), NOW)
-    monkeypatch.setattr(statement, "MOST_SUBJECTS", len(published.FILES) + 1)
-    with pytest.raises(UsageError, match="5 files"):
-        statements_of(str(model), (), NOW)
-
-
 # --- the command, and the guide --------------------------------------------------------------------------------------
 
 
@@ -161,7 +128,7 @@ def test_the_command_prints_a_line_for_each_statement(model: Path, capfdbinary: 
     (line,) = capfdbinary.readouterr().out.splitlines()
     assert json.loads(line)["predicate"]["published"] is True
     assert main(["attest", str(model), "--only", "x"]) == 2
-    flip(model / "config.json")
+    published.flip(model / "config.json")
     assert main(["attest", str(model)]) == 2
     assert capfdbinary.readouterr().out == b""
 

@@ -6,22 +6,17 @@ import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 
 from merge_gate._internal.errors import EngineError, NotPublishedError, SourceError
 from merge_gate.features.publish.calls import MOST_TENSORS, PublicationPlanned, PublicationService, PublicationWritten
 from merge_gate.features.publish.consumer import Connection
-from merge_gate.features.publish.feature import Publications
 from merge_gate.features.publish.weight_files import ModelLayout, ModelWriter, new_file
-from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import StoredTensor
-from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
-from merge_gate.run.flow import Run
-from merge_gate.worker.protocol import Answer, Idle, Job
+from merge_gate.worker.protocol import Answer, Idle
 from tests.support.call_ends import Ends, open_files, wait_until
 
 TENSOR = StoredTensor(name="a", dtype="BF16", shape=(2, 3))
@@ -156,10 +151,3 @@ def test_a_call_that_the_gate_never_makes_ends_the_service(ends: Publishing, mes
         ends.call(message)
     ends.end()
     assert ends.publisher.calls == [(3, (TENSOR,))]
-
-
-def test_a_job_that_publishes_nothing_answers_no_calls(tmp_path: Path) -> None:
-    run = SimpleNamespace(specs=(), inputs=(), options=RunOptions())
-    publications = Publications(cast("Run", run), PublishSpec(directory=str(tmp_path / "merged"), label="merged"))
-    assert publications.service(Job(groups=())) is None
-    publications.close()

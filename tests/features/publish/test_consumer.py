@@ -24,6 +24,7 @@ from merge_gate.features.publish import consumer
 from merge_gate.features.publish.calls import PublicationWritten
 from merge_gate.features.publish.one_publication import Publication, publishing
 from merge_gate.features.publish.planned_files import PlannedFiles
+from merge_gate.features.publish.stored_layout import StoredLayout
 from merge_gate.features.publish.weight_files import base_layout
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
@@ -34,13 +35,16 @@ from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.protocol import Group, Job, Merged, Task
 from tests.support import bases, methods
+from tests.support.engine import publish_layouts
 from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import source
 from tests.support.engine.merges import RUNS
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.engine.published import Sent, configured, in_dtype, sent_by, write_model
 from tests.support.faults import configure
+from tests.support.gating import one_thread
 from tests.support.models import VARIANTS, Shelf, load_for_training, read_config
+from tests.tools import publish_layouts as tool
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -145,24 +149,14 @@ def test_a_head_of_multi_token_prediction_stays(tmp_path: Path) -> None:
     assert different(before, after) == ["model.layers.1.self_attn.v_proj.weight"]
 
 
-@pytest.mark.parametrize(("publish", "value"), [("preserve", torch.nan), ("float16", 1e6)])
-def test_a_broken_tensor_that_is_not_loaded_prevents_publishing(publish: str, value: float, tmp_path: Path) -> None:
-    head = torch.ones(32, 64, dtype=torch.bfloat16)
-    head[3, 5] = value
-    base, adapter = qwen3_5(tmp_path, head)
-    sent = sent_by(base, adapter, publish=publish, dtype="auto" if publish == "preserve" else publish)
-    assert sent.refusal is not None
-    assert "mtp.fc.weight" in sent.refusal.message
-    assert sent.tensors == ()
-
-
 FRACTIONS = tuple(name for name in DTYPES.values() if getattr(torch, name).is_floating_point or name == "complex64")
 COMPLEX = [("complex64", torch.inf, "preserve"), ("complex64", torch.nan, "float32"), ("complex64", 1.0, "float32")]
 
 
 @pytest.mark.attempt("P17", "NaN or Inf in a tensor that transformers does not load, in every dtype", "not published")
 @pytest.mark.parametrize(
-    ("dtype", "value", "publish"), [*((name, torch.nan, "preserve") for name in FRACTIONS), *COMPLEX]
+    ("dtype", "value", "publish"),
+    [*((name, torch.nan, "preserve") for name in FRACTIONS), *COMPLEX, ("bfloat16", 1e6, "float16")],
 )
 def test_no_dtype_hides_a_broken_tensor_that_is_not_loaded(
     dtype: str, value: float, publish: str, tmp_path: Path
@@ -174,6 +168,7 @@ def test_no_dtype_hides_a_broken_tensor_that_is_not_loaded(
     assert (sent.refusal is not None) == (value != 1.0), sent.refusal
     if sent.refusal is not None:
         assert "mtp.fc.weight" in sent.refusal.message
+        assert sent.tensors == ()
 
 
 # --- a base that the parent cannot copy from --------------------------------------------------------------------------
@@ -307,15 +302,17 @@ def test_a_tensor_that_is_not_loaded_is_cast_too(tmp_path: Path) -> None:
     [
         ("bfloat16-base", {"dtype": "float32"}, ("q_proj.weight", "bfloat16", "float32")),
         ("plain", {"publish": "bfloat16"}, ("float32", "bfloat16")),
+        ("plain", {"quantization": Quantization.BNB_8BIT}, ("bnb-8bit",)),
     ],
 )
 def test_what_cannot_be_published_is_refused(
-    variant: str, options: dict[str, str], names: tuple[str, ...], shelf: Shelf
+    variant: str, options: dict[str, Any], names: tuple[str, ...], shelf: Shelf
 ) -> None:
     sent = sent_by(shelf.base(VARIANTS[variant].base), shelf.adapter(variant), **options)
     assert sent.refusal is not None
     assert sent.refusal.hint
     assert [name for name in names if name not in sent.refusal.message] == []
+    assert sent.planned == ()
     assert sent.evidence is not None
     assert sent.evidence.refusal is None  # the merge itself is judged
 
@@ -349,14 +346,6 @@ def test_an_error_while_a_model_is_written_costs_only_the_model(error: Exception
     assert replace(broken.evidence, seconds=0.0) == replace(expected, seconds=0.0)
 
 
-def test_a_quantized_base_is_not_quantized_again(shelf: Shelf) -> None:
-    base, adapter = shelf.base("llama"), shelf.adapter("plain")
-    sent = sent_by(base, adapter, quantization=Quantization.BNB_8BIT)
-    assert sent.refusal is not None
-    assert "bnb-8bit" in sent.refusal.message
-    assert sent.planned == ()
-
-
 # --- in the worker ---------------------------------------------------------------------------------------------------
 
 
@@ -373,6 +362,13 @@ class Connection:
     def finish(self, task: int, checksums: Mapping[str, int], settings: str, refusal: NotJudged | None) -> None:
         self.tasks.setdefault(task, Sent()).finish(0, checksums, settings, refusal)
         self.order.append(("sent", task))
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of this process have a connection of their own, and no sandbox."""
+    monkeypatch.setenv(sandbox.SWITCH, "off")
+    monkeypatch.setattr(consumer, "Connection", lambda client: client)
 
 
 def group_of(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) -> Group:
@@ -401,11 +397,10 @@ def group_of(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) -> Grou
 
 @pytest.mark.parametrize("publish", ["preserve", "bfloat16"])
 @pytest.mark.parametrize("one_pass", [False, True])
+@pytest.mark.usefixtures("in_process")
 def test_the_worker_writes_each_model_before_its_evidence(
-    one_pass: bool, publish: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    one_pass: bool, publish: str, shelf: Shelf, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv(sandbox.SWITCH, "off")
-    monkeypatch.setattr(consumer, "Connection", lambda client: client)
     group = group_of(shelf, tmp_path, publish, one_pass=one_pass)
     connection: Any = Connection()
     for event in judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), client=connection):
@@ -423,12 +418,11 @@ def test_the_worker_writes_each_model_before_its_evidence(
 
 
 @pytest.mark.parametrize("publish", ["preserve", "bfloat16"])
+@pytest.mark.usefixtures("in_process")
 def test_a_pass_that_publishes_reads_what_any_pass_reads(
     publish: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On one core: with more, time decides whether two layers share a small tensor or read it one after another."""
-    monkeypatch.setenv(sandbox.SWITCH, "off")
-    monkeypatch.setattr(consumer, "Connection", lambda client: client)
     monkeypatch.setattr(passes, "spread", map)
     group = group_of(shelf, tmp_path, publish, one_pass=True)
     reads = counted_reads(monkeypatch)
@@ -440,9 +434,8 @@ def test_a_pass_that_publishes_reads_what_any_pass_reads(
     assert publishing == sorted(reads)
 
 
-def test_the_worker_publishes_a_quantized_base_plainly(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(sandbox.SWITCH, "off")
-    monkeypatch.setattr(consumer, "Connection", lambda client: client)
+@pytest.mark.usefixtures("in_process")
+def test_the_worker_publishes_a_quantized_base_plainly(shelf: Shelf) -> None:
     directory, adapter = shelf.base("llama"), shelf.adapter("plain")
     files = (preflight(str(adapter), allow_pickle=False),)
     task = Task(index=0, files=files, consumers=(*RUNS, publishing("bfloat16")))
@@ -499,3 +492,41 @@ def test_a_quantized_base_is_published_with_plain_weights(
     with methods.quiet():
         ours = load_for_training(tmp_path / "published", "CAUSAL_LM").state_dict()
     assert different(ours, theirs) == []
+
+
+# --- every model type with converted tensors: a slice of the sweep ---------------------------------------------------
+
+QUICK = ("mixtral", "qwen2_vl")
+SLICE = (
+    "aria", "deepseek_v3", "gemma3", "gpt_oss", "jamba", "llava", "mllama", "olmoe", "paligemma", "phimoe", "qwen2_moe",
+    "qwen3_moe", "swin",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", [*QUICK, *(pytest.param(one, marks=pytest.mark.slow) for one in SLICE)])
+def test_a_published_change_is_what_transformers_loads(model_type: str, tmp_path: Path) -> None:
+    with one_thread():
+        checked = publish_layouts.check(model_type, tmp_path)
+    assert (checked.skipped, checked.refused, checked.wrong) == ("", "", ())
+    assert checked.changed
+
+
+def test_a_way_back_that_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = StoredLayout.reversed
+
+    def flipped(self: StoredLayout, *args: Any) -> dict[str, torch.Tensor]:
+        return {name: -tensor for name, tensor in own(self, *args).items()}
+
+    monkeypatch.setattr(StoredLayout, "reversed", flipped)
+    with one_thread():
+        checked = publish_layouts.check("mixtral", tmp_path)
+    assert len(checked.wrong) == checked.changed
+
+
+def test_the_page_names_every_exception() -> None:
+    kinds = ({}, {"skipped": "no tiny model"}, {"refused": "not exact: `x` | y"}, {"wrong": ("a.weight",)})
+    page = tool.document([publish_layouts.Checked(model_type=f"type-{n}", **more) for n, more in enumerate(kinds)])  # type: ignore[arg-type]
+    assert all(f"| `type-{n}` |" in page for n in (2, 3))
+    assert "| model types with a conversion | 4 |" in page
+    assert "| it loads exactly the changed tensors | 1 |" in page
+    assert "| `not exact: x / y` |" in page

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
-import subprocess
-import sys
+import random
+import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from merge_gate.features.publish.publish_directory import replaceable
 from merge_gate.files.identity import directory_identity
 from merge_gate.records.files import FileIdentity
 from tests.support import published
-from tests.support.publish_kills import KILLED_BEFORE_A_LOOK
+from tests.support.played_merges import lay
+from tests.support.publish_kills import KilledRuns, killed, killed_before_a_look, lay_real
 
 
 def filled(parent: Path, name: str = "one") -> PartialDirectory:
@@ -33,6 +36,21 @@ def names(parent: Path) -> set[str]:
     return {path.name for path in parent.iterdir()}
 
 
+def earlier(parent: Path) -> tuple[FileIdentity, ...]:
+    """An earlier model under the name, and its identity."""
+    (parent / "one").mkdir()
+    (parent / "one" / "old").touch()
+    return directory_identity(parent / "one")
+
+
+@pytest.fixture(params=["exchange", "no exchange"])
+def exchanges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the file system can exchange two directories."""
+    if request.param == "no exchange":
+        monkeypatch.setattr(partial_module, "renameat2", lambda *_: False)
+
+
+@pytest.mark.usefixtures("exchanges")
 def test_it_gets_its_name_whole(tmp_path: Path) -> None:
     partial = filled(tmp_path)
     assert names(tmp_path) == {".one.partial"}
@@ -41,14 +59,9 @@ def test_it_gets_its_name_whole(tmp_path: Path) -> None:
     assert (tmp_path / "one" / "model.safetensors").read_bytes() == b"new"
 
 
-def test_it_is_removed_with_all_that_it_holds(tmp_path: Path) -> None:
-    partial = filled(tmp_path)
-    partial.remove()
-    partial.remove()
-    assert names(tmp_path) == set()
-
-
+@pytest.mark.attempt("F11b", "an empty directory takes DIR/NAME during the run", "not published, and it stays")
 @pytest.mark.parametrize("is_empty", [True, False])
+@pytest.mark.usefixtures("exchanges")
 def test_what_has_taken_the_name_meanwhile_stays(tmp_path: Path, is_empty: bool) -> None:
     partial = filled(tmp_path)
     (tmp_path / "one").mkdir()
@@ -61,22 +74,8 @@ def test_what_has_taken_the_name_meanwhile_stays(tmp_path: Path, is_empty: bool)
     assert names(tmp_path / "one") == (set() if is_empty else {"mine"})
 
 
-def earlier(parent: Path) -> tuple[FileIdentity, ...]:
-    """An earlier model under the name, and its identity."""
-    (parent / "one").mkdir()
-    (parent / "one" / "old").touch()
-    return directory_identity(parent / "one")
-
-
-@pytest.fixture(params=["exchange", "no exchange"])
-def exchanges(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the file system can exchange two directories."""
-    if request.param == "no exchange":
-        monkeypatch.setattr(partial_module, "renameat2", lambda *_: False)
-    return bool(request.param == "exchange")
-
-
-def test_an_earlier_publication_is_exchanged(tmp_path: Path, exchanges: bool) -> None:
+@pytest.mark.usefixtures("exchanges")
+def test_an_earlier_publication_is_exchanged(tmp_path: Path) -> None:
     before = earlier(tmp_path)
     filled(tmp_path).publish(replaces=before)
     assert names(tmp_path) == {"one"}
@@ -84,7 +83,8 @@ def test_an_earlier_publication_is_exchanged(tmp_path: Path, exchanges: bool) ->
 
 
 @pytest.mark.attempt("Y62", "a publication with chmod 700 and 600 is replaced", "the permissions stay")
-def test_the_permissions_of_an_earlier_publication_stay(tmp_path: Path, exchanges: bool) -> None:
+@pytest.mark.usefixtures("exchanges")
+def test_the_permissions_of_an_earlier_publication_stay(tmp_path: Path) -> None:
     one = tmp_path / "one"
     for folder in (one, one / "sub"):
         folder.mkdir(mode=0o700)
@@ -112,7 +112,8 @@ OTHERS: dict[str, Callable[[Path], object]] = {
     "F11", "a directory takes DIR/NAME between the check and the exchange", "not published, and it stays"
 )
 @pytest.mark.parametrize("change", OTHERS)
-def test_what_is_not_the_checked_model_goes_back(tmp_path: Path, exchanges: bool, change: str) -> None:
+@pytest.mark.usefixtures("exchanges")
+def test_what_is_not_the_checked_model_goes_back(tmp_path: Path, change: str) -> None:
     before = earlier(tmp_path)
     partial = filled(tmp_path)
     OTHERS[change](tmp_path / "one")
@@ -161,26 +162,17 @@ def test_an_error_between_renames_puts_the_earlier_model_back(tmp_path: Path, mo
     assert directory_identity(tmp_path / "one")[1:] == before[1:]
 
 
-KILLED_BETWEEN = """
-import os, sys
-from pathlib import Path
-from merge_gate.files.identity import directory_identity
-from merge_gate.features.publish import partial
-place = Path(sys.argv[1])
-made = partial.PartialDirectory(place / "one")
-(made.model / "model.safetensors").write_bytes(b"new")
-rename = Path.rename
-def killed(source, target):
-    if source == made.model and sys.argv[2] == "before":
-        os.kill(os.getpid(), 9)
+def killed_between(place: Path, when: str) -> None:
+    """Kill a program next to the second rename of an exchange, on a file system that can only rename."""
+    killed(
+        place,
+        f"""def killed(source, target):
+    if source == made.model and {when!r} == "before": kill()
     renamed = rename(source, target)
-    if source == made.model:
-        os.kill(os.getpid(), 9)
-    return renamed
-partial.renameat2 = lambda *_: False
-Path.rename = killed
-made.publish(replaces=directory_identity(place / "one"))
-"""
+    return kill() if source == made.model else renamed""",
+        "Path.rename, partial.renameat2 = killed, lambda *_: False",
+        'made.publish(replaces=directory_identity(place / "one"))',
+    )
 
 
 @pytest.mark.attempt(
@@ -189,7 +181,7 @@ made.publish(replaces=directory_identity(place / "one"))
 @pytest.mark.parametrize("by", ["the same name", "another name"])
 def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path, by: str) -> None:
     before = earlier(tmp_path)
-    subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(tmp_path), "before"], check=False)
+    killed_between(tmp_path, "before")
     assert names(tmp_path) == {".one.partial"}
     if by == "the same name":
         PartialDirectory(tmp_path / "one").remove()
@@ -202,7 +194,7 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path, by: str) -> No
 @pytest.mark.attempt("F05b", "the same, and a user makes a directory of that name before the next run", "both stay")
 def test_an_earlier_model_whose_name_is_taken_waits(tmp_path: Path) -> None:
     before = earlier(tmp_path)
-    subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(tmp_path), "before"], check=False)
+    killed_between(tmp_path, "before")
     (tmp_path / "one").mkdir()
     remove_leftovers(tmp_path)
     assert names(tmp_path / "one") == set()
@@ -219,7 +211,7 @@ def test_an_earlier_model_whose_name_is_taken_waits(tmp_path: Path) -> None:
 @pytest.mark.attempt("F11c", "a user's file comes in before the exchange, and kill -9 after it", "no run removes it")
 def test_a_kill_before_the_look_loses_nothing(tmp_path: Path) -> None:
     earlier(tmp_path)
-    subprocess.run([sys.executable, "-c", KILLED_BEFORE_A_LOOK, str(tmp_path)], check=False)
+    killed_before_a_look(tmp_path, '(place / "one" / "precious.txt").touch()')
     remove_leftovers(tmp_path)
     with pytest.raises(NotPublishedError):
         PartialDirectory(tmp_path / "one")
@@ -231,8 +223,7 @@ def test_a_kill_before_the_look_loses_nothing(tmp_path: Path) -> None:
 )
 def test_a_kill_before_the_look_leaves_a_model_to_remove(tmp_path: Path) -> None:
     published.publish(tmp_path / "one")
-    untouched = KILLED_BEFORE_A_LOOK.replace('(place / "one" / "precious.txt").touch()', "")
-    subprocess.run([sys.executable, "-c", untouched, str(tmp_path)], check=False)
+    killed_before_a_look(tmp_path)
     assert names(tmp_path / ".one.partial" / "model") > set(published.FILES) - {"additional_chat_templates/x.jinja"}
     remove_leftovers(tmp_path)
     assert names(tmp_path) == {"one"}
@@ -244,11 +235,9 @@ def test_a_kill_before_the_look_leaves_a_model_to_remove(tmp_path: Path) -> None
 )
 def test_a_kill_before_the_look_keeps_edited_weights(tmp_path: Path) -> None:
     published.publish(tmp_path / "one")
-    name = next(name for name in published.FILES if name.endswith(".safetensors"))
+    name = "model.safetensors"
     edited = b"x" * len(published.FILES[name])
-    edits = f'(place / "one" / {name!r}).write_bytes({edited!r})'
-    killed = KILLED_BEFORE_A_LOOK.replace('(place / "one" / "precious.txt").touch()', edits)
-    subprocess.run([sys.executable, "-c", killed, str(tmp_path)], check=False)
+    killed_before_a_look(tmp_path, f'(place / "one" / {name!r}).write_bytes({edited!r})')
     remove_leftovers(tmp_path)
     assert (tmp_path / ".one.partial" / "model" / name).read_bytes() == edited
 
@@ -256,39 +245,17 @@ def test_a_kill_before_the_look_keeps_edited_weights(tmp_path: Path) -> None:
 @pytest.mark.attempt("F05c", "without exchange: kill -9 after the second rename", "the new model, and no leftover")
 def test_a_kill_after_two_renames_leaves_the_new_model(tmp_path: Path) -> None:
     earlier(tmp_path)
-    subprocess.run([sys.executable, "-c", KILLED_BETWEEN, str(tmp_path), "after"], check=False)
+    killed_between(tmp_path, "after")
     assert names(tmp_path) == {"one", ".one.partial"}
     remove_leftovers(tmp_path)
     assert names(tmp_path) == {"one"}
     assert names(tmp_path / "one") == {"model.safetensors"}
 
 
-@pytest.mark.attempt("F07b", "two writers of one name, at the lock", "the second is refused")
-def test_a_second_run_is_refused_until_the_first_has_ended(tmp_path: Path) -> None:
-    first = filled(tmp_path)
-    with pytest.raises(NotPublishedError):
-        PartialDirectory(tmp_path / "one")
-    remove_leftovers(tmp_path)
-    assert (first.model / "model.safetensors").read_bytes() == b"new"
-    PartialDirectory(tmp_path / "two").remove()
-    first.remove()
-    PartialDirectory(tmp_path / "one").remove()
-
-
-KILLED = """
-import os, sys
-from pathlib import Path
-from merge_gate.features.publish.partial import PartialDirectory
-partial = PartialDirectory(Path(sys.argv[1], "one"))
-(partial.model / "model.safetensors").write_bytes(b"half")
-os.kill(os.getpid(), 9)
-"""
-
-
 @pytest.mark.parametrize("by", ["the same name", "another name"])
 @pytest.mark.attempt("F03c", "kill -9 while the weights are written", "the next run removes the leftover")
 def test_what_a_killed_run_left_is_removed(tmp_path: Path, by: str) -> None:
-    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], check=False)
+    killed(tmp_path, "kill()")
     assert names(tmp_path) == {".one.partial"}
     if by == "the same name":
         partial = PartialDirectory(tmp_path / "one")
@@ -296,16 +263,6 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path, by: str) -> None:
         partial.remove()
     remove_leftovers(tmp_path)
     assert names(tmp_path) == set()
-
-
-def test_a_foreign_directory_of_that_name_stays(tmp_path: Path) -> None:
-    place = tmp_path / ".one.partial"
-    place.mkdir()
-    (place / "mine").touch()
-    with pytest.raises(NotPublishedError):
-        PartialDirectory(tmp_path / "one")
-    remove_leftovers(tmp_path)
-    assert names(place) == {"mine"}
 
 
 @pytest.mark.attempt("F10", "the partial directory is replaced by a link", "nothing in the link's target")
@@ -346,12 +303,11 @@ def test_without_locks_a_leftover_is_not_touched(tmp_path: Path, monkeypatch: py
             yield lock._replace(is_held=False)
 
     monkeypatch.setattr(partial_module, "locked_directory", unlocked)
-    partial = filled(tmp_path)
-    partial._stack.close()
+    killed(tmp_path, "kill()")
     with pytest.raises(NotPublishedError):
         PartialDirectory(tmp_path / "one")
     remove_leftovers(tmp_path)
-    assert names(partial.model) == {"model.safetensors"}
+    assert names(tmp_path / ".one.partial" / "model") == {"model.safetensors"}
 
 
 def test_an_error_while_it_is_made_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,33 +320,80 @@ def test_an_error_while_it_is_made_leaves_nothing(tmp_path: Path, monkeypatch: p
 
 
 def test_a_file_in_the_place_of_the_model_is_removed(tmp_path: Path) -> None:
-    partial = filled(tmp_path)
-    partial._stack.close()
-    (partial.model / "model.safetensors").unlink()
-    partial.model.rmdir()
-    partial.model.touch()
+    killed(tmp_path, "shutil.rmtree(made.model); made.model.touch(); kill()")
     filled(tmp_path).remove()
     assert names(tmp_path) == set()
-
-
-@pytest.mark.parametrize("is_taken", [True, False])
-def test_a_file_system_that_cannot_exchange_replaces_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_taken: bool
-) -> None:
-    monkeypatch.setattr(partial_module, "renameat2", lambda *_: False)
-    partial = filled(tmp_path)
-    if is_taken:
-        (tmp_path / "one").mkdir()
-        with pytest.raises(NotPublishedError):
-            partial.publish(replaces=None)
-        partial.remove()
-        assert names(tmp_path / "one") == set()
-    else:
-        partial.publish(replaces=None)
-        assert names(tmp_path / "one") == {"model.safetensors"}
 
 
 def test_a_flag_that_the_system_does_not_know(tmp_path: Path) -> None:
     assert partial_module.renameat2(tmp_path, tmp_path / "other", 1 << 20) is False
     with pytest.raises(FileNotFoundError):
         partial_module.renameat2(tmp_path / "absent", tmp_path / "other", 1)
+
+
+# --- whole runs that are killed or interrupted: real processes, with a played worker ---------------------------------
+
+KILLS = 20
+ROWS = 50_000
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> KilledRuns:
+    place = tmp_path_factory.mktemp("kills")
+    lay(place, rows=ROWS)
+    return KilledRuns(place, random.Random(28))
+
+
+@pytest.mark.slow
+@pytest.mark.attempt("F03", "kill -9 at 20 moments of publishing", "only whole models have names")
+def test_after_kills_only_whole_models_have_names(runs: KilledRuns) -> None:
+    outcomes = [runs.kill_once() for _ in range(KILLS)]
+    assert outcomes.count("killed") >= KILLS // 2
+    runs.finish()
+
+
+@pytest.mark.nightly
+@pytest.mark.attempt("F04", "kill -9 of whole runs, and then an undisturbed one", "whole models, and no leftover")
+def test_kills_of_whole_runs_leave_whole_models_only(tmp_path: Path) -> None:
+    adapters = lay_real(tmp_path / "place")
+    real = KilledRuns(tmp_path / "place", random.Random(1), adapters)
+    for _ in range(3):
+        real.kill_once()
+    real.finish()
+
+
+@pytest.mark.slow
+def test_a_killed_run_without_an_earlier_model_leaves_no_name(runs: KilledRuns) -> None:
+    shutil.rmtree(runs.target, ignore_errors=True)
+    process = runs.start()
+    runs.wait_for_partial(process)
+    process.kill()
+    process.wait()
+    assert runs.named() == []
+    assert runs.partials() != []
+    runs.finish()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.attempt("F03b", "SIGINT, SIGTERM, SIGHUP while publishing", "no model and no leftover")
+def test_an_interrupted_run_leaves_nothing(runs: KilledRuns, number: signal.Signals) -> None:
+    shutil.rmtree(runs.target, ignore_errors=True)
+    process = runs.start()
+    runs.wait_for_partial(process)
+    process.send_signal(number)
+    assert process.wait() not in (0, -signal.SIGKILL)
+    assert (runs.named(), runs.partials()) == ([], [])
+
+
+@pytest.mark.attempt("F01", "ENOSPC while the model is written", "not published, and no leftover")
+@pytest.mark.attempt("F02", "ENOSPC in a write", "an error, and nothing has a name")
+@pytest.mark.attempt("F12b", "the disk fills up", "not published, and no leftover")
+def test_a_disk_that_fills_up_leaves_nothing(runs: KilledRuns) -> None:
+    """A limit on the size of files stands for the disk: the weights do not fit, and the report does."""
+    shutil.rmtree(runs.target, ignore_errors=True)
+    process = runs.start("bash", "-c", 'ulimit -f 500; exec "$@"', "bash")
+    assert process.wait() == 3, (runs.place / "log").read_text()
+    assert (runs.named(), runs.partials()) == ([], [])
+    report = json.loads((runs.place / "merge-gate-report" / "report.json").read_text())
+    assert {adapter["cause"] for adapter in report["adapters"]} == {"not-published"}
+    runs.check()

@@ -1,54 +1,42 @@
-"""Whole runs that publish real merges: PEFT's bits, in directories that transformers loads without a warning."""
+"""Whole runs that publish real merges: PEFT's bits, in directories that transformers loads without a warning.
+
+PEFT unties an embedding and a head, and classifiers bring a head: what it saves is published, and `verify` accepts it.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.command import merge_gate
 from tests.support.engine.plain_merge import peft_merge
-from tests.support.models import VARIANTS, Shelf
+from tests.support.models import VARIANTS, Shelf, load_for_training, read_tensors, save_adapter
+from tests.support.verify.verification import Verifier
 
 CAUSAL = [
-    "rslora",
-    "dora-all-linear",
-    "bias-all",
-    "modules-to-save",
-    "token-rows",
-    "resized-vocabulary",
-    "sharded-base",
-    "bfloat16-base",
-    "tied-tokens",
-    "conv1d",
-    "fused-experts",
-]
-MTP = "mtp.layers.0.weight"
+    "rslora", "dora-all-linear", "bias-all", "modules-to-save", "token-rows", "resized-vocabulary", "sharded-base",
+    "bfloat16-base", "tied-tokens", "conv1d", "fused-experts",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def published(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the models that one run has published, one of them also cast, on a base with an MTP head."""
+    """The models that one run has published, and one that another run has cast."""
     place = tmp_path_factory.mktemp("published")
-    base = place / "base"
-    base.mkdir()
-    for path in shelf.base("llama-sharded").iterdir():
-        (base / path.name).write_bytes(path.read_bytes())
-    index = json.loads((base / "model.safetensors.index.json").read_text())
-    last = max(index["weight_map"].values())
-    save_file(load_file(base / last) | {MTP: torch.ones(8, 8)}, base / last, metadata={"format": "pt"})
-    index["weight_map"][MTP] = last
-    (base / "model.safetensors.index.json").write_text(json.dumps(index))
     adapters: list[dict[str, Any]] = [
-        {"name": name, "path": str(shelf.adapter(name)), "base": str(base_of(name, shelf, place))} for name in CAUSAL
+        {"name": name, "path": str(shelf.adapter(name)), "base": str(shelf.base(VARIANTS[name].base))}
+        for name in CAUSAL
     ]
     config = {"version": 1, "adapters": adapters, "publish": "merged"}
     (place / "gate.yml").write_text(json.dumps(config))
@@ -62,10 +50,6 @@ def published(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def base_of(name: str, shelf: Shelf, place: Path) -> Path:
-    return place / "base" if VARIANTS[name].base == "llama-sharded" else shelf.base(VARIANTS[name].base)
-
-
 def loaded(directory: Path, caplog: pytest.LogCaptureFixture) -> Any:
     """The model, if transformers has nothing to say about the directory."""
     logger = logging.getLogger("transformers")
@@ -76,8 +60,7 @@ def loaded(directory: Path, caplog: pytest.LogCaptureFixture) -> Any:
             model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto")
     finally:
         logger.removeHandler(caplog.handler)
-    told = [record.getMessage() for record in caplog.records if MTP not in record.getMessage()]
-    assert told == [], directory.name
+    assert [record.getMessage() for record in caplog.records] == [], directory.name
     return model.eval()
 
 
@@ -85,43 +68,23 @@ def loaded(directory: Path, caplog: pytest.LogCaptureFixture) -> Any:
 def test_the_published_bits_are_pefts(
     name: str, published: Path, shelf: Shelf, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _, expected = peft_merge(base_of(name, shelf, published), shelf.adapter(name), "auto")
+    _, expected = peft_merge(shelf.base(VARIANTS[name].base), shelf.adapter(name), "auto")
     model = loaded(published / "merged" / name, caplog)
     tensors = model.state_dict()
     assert tensors.keys() == expected.keys()
-    assert not [key for key in expected if not torch.equal(tensors[key].view(torch.uint8), bits(expected[key]))]
+    assert not [key for key in expected if not torch.equal(bits(tensors[key]), bits(expected[key]))]
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(torch.uint8)
 
 
-def test_it_generates_the_tokens_of_pefts_merge(
-    published: Path, shelf: Shelf, caplog: pytest.LogCaptureFixture
-) -> None:
-    name = "sharded-base"
-    _, expected = peft_merge(base_of(name, shelf, published), shelf.adapter(name), "auto")
-    model = loaded(published / "merged" / name, caplog)
-    prompt = torch.arange(1, 9).reshape(1, -1)
-    words = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    own = model.generate(prompt, attention_mask=torch.ones_like(prompt), **words)
-    model.load_state_dict(expected)
-    assert torch.equal(model.generate(prompt, attention_mask=torch.ones_like(prompt), **words), own)
-
-
-def test_a_tensor_that_transformers_does_not_load_is_kept(published: Path) -> None:
-    base, model = (tensors_of(published / part) for part in ("base", "merged/sharded-base"))
-    assert model.keys() == base.keys()
-    assert torch.equal(model[MTP], base[MTP])
-
-
 def test_a_cast_changes_every_floating_tensor(published: Path, shelf: Shelf) -> None:
     name = "sharded-base"
-    _, expected = peft_merge(base_of(name, shelf, published), shelf.adapter(name), "bfloat16")
+    _, expected = peft_merge(shelf.base(VARIANTS[name].base), shelf.adapter(name), "bfloat16")
     directory = published / "merged" / f"{name}-bfloat16"
     tensors = tensors_of(directory)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
-    assert MTP in tensors
     assert not [key for key in expected if not torch.equal(tensors[key], expected[key])]
     assert json.loads((directory / "config.json").read_text()).get("dtype") == "bfloat16"
     assert len([*directory.glob("*.safetensors")]) > 1
@@ -129,6 +92,88 @@ def test_a_cast_changes_every_floating_tensor(published: Path, shelf: Shelf) -> 
 
 def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
+
+
+# --- tensors that the base's files lack ------------------------------------------------------------------------------
+
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "embedding": ("llama-tied", {"modules_to_save": ["embed_tokens"]}),
+    "head": ("llama-tied", {"modules_to_save": ["lm_head"]}),
+    "both": ("llama-tied", {"modules_to_save": ["embed_tokens", "lm_head"]}),
+    "more-rows": ("llama-tied", {"modules_to_save": ["embed_tokens"]}),
+    "classifier": ("llama-bfloat16", {"task_type": "SEQ_CLS"}),
+}
+LABELS = 3
+ROWS = 70
+
+
+@pytest.fixture(scope="module")
+def added(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`adapters/`, what the gate publishes of them in `merged/`, and what PEFT saves of them in `saved/`."""
+    place = tmp_path_factory.mktemp("added")
+    adapters = []
+    for name, (key, lora) in ADAPTERS.items():
+        base, adapter, task = shelf.base(key), place / "adapters" / name, lora.get("task_type", "CAUSAL_LM")
+        settings: dict[str, Any] = {"num_labels": LABELS} if task == "SEQ_CLS" else {}
+        config = LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": task} | lora)
+        rows = ROWS if name == "more-rows" else None
+        save_adapter(base, adapter, config, rows=rows, **settings)
+        with methods.quiet():
+            own: Any = load_for_training(base, task, **settings)
+            own.resize_token_embeddings(rows, mean_resizing=False)
+            model: Any = PeftModel.from_pretrained(own, adapter)
+            model.merge_and_unload(safe_merge=True).save_pretrained(place / "saved" / name)
+        adapters.append({"name": name, "path": str(adapter), "base": str(base)})
+    (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": adapters, "publish": "merged"}))
+    answer = merge_gate("run", "gate.yml", "--device", "cpu", cwd=place)
+    assert answer.code == 0, answer.said
+    return place
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_what_is_published_is_what_peft_saves(name: str, added: Path) -> None:
+    """The files of a classifier's base have a head, too, which a classifier does not load."""
+    published, saved = (read_tensors(added / part / name, "model.safetensors") for part in ("merged", "saved"))
+    assert published.keys() - saved.keys() == ({"lm_head.weight"} if name == "classifier" else set())
+    assert all(torch.equal(published[key], one) for key, one in saved.items())
+    own, expected = (json.loads((added / part / name / "config.json").read_text()) for part in ("merged", "saved"))
+    assert own == expected
+    assert own["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_both_are_the_merge(name: str, added: Path, shelf: Shelf) -> None:
+    """What the class of an adapter's task lacks is no loss."""
+    verifier = Verifier()
+    for part in ("merged", "saved"):
+        report = verifier.report(added / part / name, shelf.base(ADAPTERS[name][0]), added / "adapters" / name)
+        assert report.verdict is Verdict.PASSED, (part, report.findings)
+        assert "exact" in {finding.check for finding in report.findings}
+
+
+@pytest.mark.parametrize(("name", "other"), [("embedding", "head"), ("head", "embedding"), ("both", "head")])
+def test_another_untied_merge_fails(name: str, other: str, added: Path, shelf: Shelf) -> None:
+    report = Verifier().report(added / "saved" / other, shelf.base("llama-tied"), added / "adapters" / name)
+    assert report.verdict is Verdict.FAILED
+
+
+def test_two_tensors_that_config_json_ties_are_an_error(added: Path, shelf: Shelf, tmp_path: Path) -> None:
+    """A program that follows config.json loads one of them for both."""
+    merged = Path(shutil.copytree(added / "saved" / "both", tmp_path / "merged"))
+    config = json.loads((merged / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (merged / "config.json").write_text(json.dumps(config))
+    report = Verifier().report(merged, shelf.base("llama-tied"), added / "adapters" / "both")
+    assert (report.verdict, report.cause) == (Verdict.FAILED, "tied")
+
+
+def test_notes_name_the_rows_that_an_adapter_needs_and_an_unused_head(added: Path) -> None:
+    report = json.loads((added / "merge-gate-report" / "report.json").read_text())
+    hints = {one["name"]: [note["hint"] for note in one["findings"]] for one in report["adapters"]}
+    (hint,) = hints.pop("more-rows")
+    assert f"resize the base to {ROWS} rows" in hint
+    assert not any(hints.values())
+    notes = [one["message"] for base in report["bases"] for one in base["findings"]]
+    assert any("lm_head.weight" in note and "LlamaForSequenceClassification" in note for note in notes)
 
 
 # --- bases that bitsandbytes has stored ------------------------------------------------------------------------------
@@ -146,7 +191,7 @@ TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 @pytest.fixture(scope="module")
 def packed(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with stored bases, and their models in bfloat16. A second run asks for stored dtypes."""
+    """A directory with stored bases, and their models in bfloat16."""
     place = tmp_path_factory.mktemp("packed")
     adapters = []
     for name, options in PACKINGS.items():
@@ -155,11 +200,10 @@ def packed(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
             load_packed(shelf.base(VARIANTS[adapter].base), BitsAndBytesConfig(**options)).save_pretrained(place / name)
         base = {"model": str(place / name), "dtype": "bfloat16"}
         adapters.append({"name": name, "path": str(shelf.adapter(adapter)), "base": base})
-    config: dict[str, Any] = {"version": 1, "adapters": adapters}
-    for dtype, code in (("bfloat16", 0), ("preserve", 3)):
-        (place / "gate.yml").write_text(json.dumps(config | {"publish": {"directory": "merged", "dtype": dtype}}))
-        answer = merge_gate("run", "gate.yml", "--device", "cpu", "--cache", "cache", "-o", dtype, cwd=place)
-        assert answer.code == code, answer.said
+    publish = {"directory": "merged", "dtype": "bfloat16"}
+    (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": adapters, "publish": publish}))
+    answer = merge_gate("run", "gate.yml", "--device", "cpu", cwd=place)
+    assert answer.code == 0, answer.said
     return place
 
 
@@ -189,19 +233,3 @@ def test_a_stored_packed_base_is_published_plain(
     assert not [key for key in expected if not torch.equal(bits(tensors[key]), bits(expected[key]))]
     assert {tensor.dtype for tensor in tensors_of(directory).values()} == {torch.bfloat16}
     assert "quantization_config" not in json.loads((directory / "config.json").read_text())
-
-
-@pytest.mark.slow
-def test_a_packed_base_is_never_packed_again(packed: Path) -> None:
-    adapters = json.loads((packed / "preserve" / "report.json").read_text())["adapters"]
-    assert {(adapter["verdict"], adapter["cause"]) for adapter in adapters} == {("error", "not-published")}
-    assert all("publish.dtype" in adapter["findings"][0]["hint"] for adapter in adapters)
-    assert {path.name for path in (packed / "merged").iterdir()} == {f"{name}-bfloat16" for name in PACKINGS}
-
-
-@pytest.mark.slow
-def test_the_merge_that_is_judged_is_the_published_one(packed: Path) -> None:
-    report = json.loads((packed / "bfloat16" / "report.json").read_text())
-    assert {adapter["base"]["quantization"] for adapter in report["adapters"]} == {"bnb-4bit", "bnb-8bit"}
-    assert {base["dtype"] for base in report["bases"]} == {"bfloat16"}
-    assert not any(adapter["cached"] for adapter in report["adapters"])

@@ -7,10 +7,8 @@ every tensor, and passes nothing that the disk has otherwise.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -32,12 +30,23 @@ from merge_gate.features.publish.weight_files import (
     refuse_other_files,
 )
 from merge_gate.records.files import StoredTensor
-from tests.support.publish import SHARDS, lay_base, lay_shards
+from tests.support.played_merges import Shapes, lay_base
+
+SHARDS = ["steps", "embed.weight", "norm.weight", "layer.weight", "mtp.weight"]
+FILES: dict[str, Shapes] = {
+    "model-00001-of-00002.safetensors": {
+        "steps": ("I64", (3,)),
+        "embed.weight": ("BF16", (10, 4)),
+        "norm.weight": ("BF16", (5,)),
+    },
+    "model-00002-of-00002.safetensors": {"layer.weight": ("BF16", (4, 4)), "mtp.weight": ("BF16", (4, 4))},
+}
+"""Of these tensors, transformers would not load the last one."""
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> ModelLayout:
-    lay_shards(tmp_path)
+    lay_base(tmp_path, FILES)
     return base_layout(str(tmp_path))
 
 
@@ -113,7 +122,7 @@ def test_a_base_with_its_own_name_for_one_file_is_not_cut(tmp_path: Path) -> Non
 
 
 def test_an_index_with_ghosts_or_gaps_is_made_again(tmp_path: Path) -> None:
-    lay_shards(tmp_path)
+    lay_base(tmp_path, FILES)
     path = tmp_path / "model.safetensors.index.json"
     index = json.loads(path.read_text())
     index["weight_map"]["ghost"] = index["weight_map"].pop("mtp.weight")
@@ -124,9 +133,10 @@ def test_an_index_with_ghosts_or_gaps_is_made_again(tmp_path: Path) -> None:
     assert set(listed) == {tensor.name for tensor in layout.tensors}
 
 
-def test_pickled_weights_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+@pytest.mark.parametrize("names", [(), ("config.json", "pytorch_model.bin")])
+def test_a_base_without_safetensors_is_refused(names: tuple[str, ...], tmp_path: Path) -> None:
+    for name in names:
+        (tmp_path / name).write_text("{}")
     with pytest.raises(NotPublishedError):
         base_layout(str(tmp_path))
 
@@ -138,11 +148,6 @@ def test_a_model_is_refused_if_other_files_of_it_would_be_loaded(base: ModelLayo
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(NotPublishedError):
         refuse_other_files(tmp_path, base)
-
-
-def test_a_base_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(NotPublishedError):
-        base_layout(str(tmp_path))
 
 
 def test_elements_that_fill_no_whole_byte_are_refused(base: ModelLayout) -> None:
@@ -168,7 +173,7 @@ def test_a_header_or_index_that_cannot_be_parsed_has_no_metadata() -> None:
 def written(tmp_path: Path) -> dict[str, bytes]:
     (tmp_path / "base").mkdir()
     (tmp_path / "model").mkdir()
-    return lay_shards(tmp_path / "base")
+    return lay_base(tmp_path / "base", FILES)
 
 
 def new_writer(place: Path, layout: ModelLayout | None = None) -> ModelWriter:
@@ -231,16 +236,6 @@ def test_a_disk_with_other_bytes_is_found(written: dict[str, bytes], tmp_path: P
     path.write_bytes(content[:-1] if place == "short" else bytes(content) + b"x" if place == "long" else content)
     with pytest.raises(NotPublishedError):
         writer.read_back()
-
-
-@pytest.mark.attempt("F02", "ENOSPC in a write", "an error, and nothing has a name")
-def test_a_full_disk_is_an_error(written: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(weight_files.os, "pwrite", full)
-    with pytest.raises(OSError, match="No space"):
-        new_writer(tmp_path).make_files()
 
 
 def test_other_files_are_written_once_and_read_back(written: dict[str, bytes], tmp_path: Path) -> None:
