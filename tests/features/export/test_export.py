@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors.torch import save_file
 import merge_gate
 from merge_gate.cli.dispatch import main
 from merge_gate.engine.base.model_class import TASK_CLASSES
-from merge_gate.features.publish.partial import unchanged
+from merge_gate.features.publish.partial import PartialDirectory, unchanged
 from merge_gate.records.files import EXPORT_NAME
 from merge_gate.records.terms import Result
 from tests.support import methods
@@ -39,6 +41,7 @@ from tests.support.models import (
     write_config,
     write_tensors,
 )
+from tests.support.publish_kills import killed_before_a_look
 
 PREFIX = "base_model.model."
 
@@ -146,6 +149,16 @@ def test_an_export_that_a_kill_took_away_is_put_back(exported: Path, shelf: Shel
     assert export(tmp_path) == 0
     assert record(tmp_path)["scale_in"] == "lora_alpha"
     assert is_clean(tmp_path)
+
+
+def test_a_kill_before_the_look_leaves_an_export_to_remove(exported: Path, tmp_path: Path) -> None:
+    """A killed run's leftover of an earlier export is recognized by its record."""
+    shutil.copytree(exported / "out", tmp_path / "one")
+    killed_before_a_look(tmp_path)
+    assert (tmp_path / ".one.partial" / "model" / EXPORT_NAME).exists()
+    PartialDirectory(tmp_path / "one").remove()
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.slow
@@ -396,20 +409,8 @@ def test_a_killed_export_leaves_nothing_under_its_name(after: str, laid: Path, t
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_directory_without_permission_is_a_usage_error(laid: Path, tmp_path: Path) -> None:
-    shutil.copytree(laid, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "closed").mkdir(mode=0o500)
-    words = ["export", str(tmp_path / "adapter"), "--base", str(tmp_path / "base")]
-    assert main([*words, "--output", str(tmp_path / "closed" / "out")]) == 2
-
-
-@pytest.mark.slow
 def test_a_full_disk_is_a_sentence(laid: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for it."""
-    import subprocess  # noqa: PLC0415
-    import sys  # noqa: PLC0415
-
     shutil.copytree(laid, tmp_path, dirs_exist_ok=True)
     words = ["export", "adapter", "--base", "base", "--output", "out"]
     command = ["bash", "-c", f"trap '' XFSZ; ulimit -f 1; exec {sys.executable} -P -m merge_gate {' '.join(words)}"]
