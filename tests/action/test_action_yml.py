@@ -11,7 +11,6 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from merge_gate import __version__
 from merge_gate.action import caches
 from merge_gate.action import inputs as action
 from merge_gate.action import step as gate_step
@@ -68,11 +67,6 @@ def test_a_cache_is_saved_under_a_key_of_the_gate_only() -> None:
         assert restore["continue-on-error"] is save["continue-on-error"] is True
 
 
-def test_the_descriptions_are_whole_sentences() -> None:
-    for given in (*ACTION["inputs"].values(), *ACTION["outputs"].values()):
-        assert re.fullmatch(r"[A-Z`].*\.", given["description"]), given["description"]
-
-
 def test_every_input_is_checked() -> None:
     """A token is the gate's to check."""
     assert {name for name, _, _ in action.RULES} | {"args", "hf-token"} == set(ACTION["inputs"])
@@ -110,14 +104,6 @@ def test_the_recipes_use_inputs_and_outputs_that_exist() -> None:
     used = set(re.findall(r"steps\.gate\.outputs\.([a-z-]+)", DOCS + GUIDE))
     assert used
     assert used <= set(ACTION["outputs"])
-
-
-def test_the_documents_pin_checkout_in_one_way() -> None:
-    texts = [
-        path.read_text(encoding="utf-8") for path in (*(ROOT / "docs").rglob("*.md"), *(ROOT / "recipes").iterdir())
-    ]
-    pins = {pin for text in texts for pin in re.findall(r"actions/checkout@(.*)", text)}
-    assert pins == {"3d3c42e5aac5ba805825da76410c181273ba90b1 # v7.0.1"}
 
 
 def test_the_documents_list_the_outputs() -> None:
@@ -188,6 +174,8 @@ def workflows() -> list[Path]:
         ROOT / "action.yml",
         *(ROOT / ".github").rglob("*.yml"),
         *(ROOT / "tests" / "e2e" / "workflows").glob("*.yml"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "recipes").iterdir(),
     ]
 
 
@@ -264,8 +252,3 @@ def test_a_release_writes_both_images() -> None:
     for wrong in (("x", cuda), (cpu, "ghcr.io/acme/merge-gate:latest"), (cpu, cpu)):
         with pytest.raises(SystemExit):
             pin_images.pin(text, *wrong)
-
-
-def test_the_release_checks_the_version_where_it_stands() -> None:
-    text = (ROOT / "src" / "merge_gate" / "__init__.py").read_text(encoding="utf-8")
-    assert f'__version__ = "{__version__}"' in text.splitlines()

@@ -67,13 +67,6 @@ def test_an_engine_behind_tls_without_certificates_is_a_sentence(tmp_path: Path)
             docker_api.connect(environ)
 
 
-def test_a_socket_of_something_else_is_no_engine(tmp_path: Path) -> None:
-    address = tmp_path / "dead.sock"
-    with socket.socket(socket.AF_UNIX) as dead:
-        dead.bind(str(address))
-    assert not docker_api.answers({"DOCKER_HOST": f"unix://{address}"})
-
-
 @pytest.mark.parametrize(
     ("said", "gpus"),
     [
@@ -199,6 +192,7 @@ def test_a_dead_socket_alone_is_named(environ, tmp_path: Path) -> None:
     assert found
     assert found.url == f"unix://{tmp_path}/docker.sock"
     assert docker_api.unreachable(found) == "Connection refused"
+    assert not docker_api.answers({"DOCKER_HOST": found.url})
 
 
 @pytest.mark.parametrize("verify", [True, False])

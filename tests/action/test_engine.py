@@ -160,7 +160,8 @@ def test_caches_and_mounts_are_made_and_stay(run, engine: Engine, heard: Heard, 
         str(tmp_path / "merged"): False,
     }  # fmt: skip
     assert [list((tmp_path / name).iterdir()) for name in ("hf", "verdicts", "merged")] == [[]] * 3, "no canary stays"
-    assert engine.container.asked["HostConfig"]["Memory"] == 16 << 30
+    host = engine.container.asked["HostConfig"]
+    assert (host["Memory"], host["ShmSize"], host["NanoCpus"]) == (16 << 30, 1 << 30, 2_000_000_000)
     nothing_is_left(run, engine)
 
 

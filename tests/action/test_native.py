@@ -67,12 +67,6 @@ def test_gpus_are_narrowed_by_cudas_own_variable(run: ContainerRun, gpus, device
     assert device == told
 
 
-@pytest.mark.parametrize(("gpus", "device"), [("none", "cuda"), ("all", "cpu"), ("0", "cpu")])
-def test_gpus_and_device_that_contradict_each_other(run: ContainerRun, gpus: str, device: str) -> None:
-    with pytest.raises(UsageError, match="contradict"):
-        step.gpus_and_device(replace(run, gpus=gpus, device=device))
-
-
 @pytest.mark.attempt("A04b", "native runtime: the YAML of a pull request publishes outside of the workspace", "exit 2")
 @pytest.mark.parametrize("target", ["../outside", "link", "inside"])
 def test_models_stay_in_the_workspace(run: ContainerRun, tmp_path: Path, target: str) -> None:
