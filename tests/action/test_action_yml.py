@@ -106,6 +106,12 @@ def test_the_recipes_use_inputs_and_outputs_that_exist() -> None:
     assert used <= set(ACTION["outputs"])
 
 
+def test_the_documents_pin_checkout_in_one_way() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in (*(ROOT / "docs").rglob("*.md"), *workflows())]
+    pins = {pin for text in texts for pin in re.findall(r"actions/checkout@(.*)", text)}
+    assert len(pins) == 1, pins
+
+
 def test_the_documents_list_the_outputs() -> None:
     assert list(table("Outputs")) == list(ACTION["outputs"])
 
@@ -174,7 +180,6 @@ def workflows() -> list[Path]:
         ROOT / "action.yml",
         *(ROOT / ".github").rglob("*.yml"),
         *(ROOT / "tests" / "e2e" / "workflows").glob("*.yml"),
-        *(ROOT / "docs").rglob("*.md"),
         *(ROOT / "recipes").iterdir(),
     ]
 

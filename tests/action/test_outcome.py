@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +20,12 @@ def accepted(**changed: object) -> dict:
     entry = {"name": "a", "verdict": "failed", "cause": None, "findings": [], "line": 1, "column": 1}
     entry["accepted"] = {"reason": "known", "owner": "team-a", "until": "2026-12-31"}
     return report("fail") | {"result": "pass", "adapters": [entry], "accepted": 1} | changed
+
+
+def decided(place: Path, code: int, found: object, **more: Any) -> outcome.StepOutcome:
+    path = place / "report.json"
+    path.write_text(found if isinstance(found, str) else json.dumps(found), encoding="utf-8")
+    return outcome.decide(code, path, **more)
 
 
 @pytest.mark.parametrize(
@@ -44,19 +52,16 @@ def accepted(**changed: object) -> dict:
         (0, report("pass", complete="yes"), "error"),
         (0, report("pass", adapters=1) | {"adapters": [{}]}, "error"),
         (0, [], "error"),
-        (0, None, "error"),
         (0, "{", "error"),
     ],
 )
 def test_pass_and_fail_need_exit_code_and_finished_report(
     tmp_path: Path, code, found, result, wording: Wording
 ) -> None:
-    path = tmp_path / "report.json"
-    if found is not None:
-        path.write_text(found if isinstance(found, str) else json.dumps(found), encoding="utf-8")
-    said = outcome.decide(code, path)
+    said = decided(tmp_path, code, found)
     assert said.result == result
     assert bool(said.problem) is (said.result == "error" and (code, found) != (3, report("error")))
+    assert said.report is None or code != 2, "next to a usage error, it is of another run"
     if said.problem:
         wording(said.problem)
 
@@ -72,66 +77,48 @@ def test_pass_and_fail_need_exit_code_and_finished_report(
     ],
 )
 def test_a_shard_without_adapters_passes_and_a_run_does_not(tmp_path: Path, shard, result: str) -> None:
-    (tmp_path / "report.json").write_text(json.dumps(report("pass", adapters=0, shard=shard)), encoding="utf-8")
-    assert outcome.decide(0, tmp_path / "report.json").result == result
+    assert decided(tmp_path, 0, report("pass", adapters=0, shard=shard)).result == result
 
 
-def test_without_a_report_the_gates_last_words_are_repeated(tmp_path: Path) -> None:
+def test_without_a_report_the_gates_last_words_are_repeated(tmp_path: Path, wording: Wording) -> None:
     said = outcome.decide(2, tmp_path / "report.json", ["gate.yml:3:1: unknown key"])
-    assert said.problem.splitlines()[1:] == ["gate.yml:3:1: unknown key"]
+    assert (said.result, said.problem.splitlines()[1:]) == ("error", ["gate.yml:3:1: unknown key"])
+    lost = outcome.decide(0, tmp_path / "report.json")
+    assert lost.result == "error"
+    wording(lost.problem)
 
 
-def test_a_report_next_to_a_usage_error_is_of_another_run(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text(json.dumps(report("pass")), encoding="utf-8")
-    said = outcome.decide(2, tmp_path / "report.json")
-    assert (said.result, said.report) == ("error", None)
+COUNTS = {"passed": 1, "failed": 0, "error": 0}
+ODD: dict[str, Callable[[dict], object]] = {
+    "another result": lambda made: made.update(result="pass"),
+    "other counts": lambda made: made.update(counts=COUNTS),
+    "other counts and another result": lambda made: made.update(counts=COUNTS, result="pass"),
+    "no counts": lambda made: made.update(counts={}),
+    "an adapter more": lambda made: made["adapters"].append(made["adapters"][0] | {"verdict": "error"}),
+    "a text as a finding": lambda made: made["adapters"][0].update(findings=["x"]),
+    "an empty finding": lambda made: made["adapters"][0].update(findings=[{}]),
+    "no severity": lambda made: made["adapters"][0]["findings"][0].update(severity=None),
+    "a list as a message": lambda made: made["adapters"][0]["findings"][0].update(message=["x"]),
+    "no tensor": lambda made: made["adapters"][0]["findings"][0].pop("tensor"),
+    "a number as the cause": lambda made: made["adapters"][0].update(cause=3),
+    "another verdict": lambda made: made["adapters"][0].update(verdict="good"),
+}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda made: made.update(result="pass"),
-        lambda made: made.update(counts={"passed": 1, "failed": 0, "error": 0}),
-        lambda made: made.update(counts={"passed": 1, "failed": 0, "error": 0}, result="pass"),
-        lambda made: made.update(counts={}),
-        lambda made: made["adapters"].append(made["adapters"][0] | {"verdict": "error"}),
-    ],
-)
-def test_a_report_that_contradicts_itself_is_no_verdict(tmp_path: Path, change, wording: Wording) -> None:
-    (tmp_path / "report.json").write_text(json.dumps(changed(change)), encoding="utf-8")
+@pytest.mark.parametrize("change", ODD)
+def test_a_report_that_contradicts_itself_is_no_verdict(tmp_path: Path, change: str, wording: Wording) -> None:
     for code in (0, 1):
-        said = outcome.decide(code, tmp_path / "report.json")
+        said = decided(tmp_path, code, changed(ODD[change]))
         assert (said.result, said.report) == ("error", None)
         wording(said.problem)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda made: made["adapters"][0].update(findings=["x"]),
-        lambda made: made["adapters"][0].update(findings=[{}]),
-        lambda made: made["adapters"][0]["findings"][0].update(severity=None),
-        lambda made: made["adapters"][0]["findings"][0].update(message=["x"]),
-        lambda made: made["adapters"][0]["findings"][0].pop("tensor"),
-        lambda made: made["adapters"][0].update(cause=3),
-        lambda made: made["adapters"][0].update(verdict="good"),
-    ],
-)
-def test_a_report_of_another_shape_is_a_sentence(tmp_path: Path, change) -> None:
-    (tmp_path / "report.json").write_text(json.dumps(changed(change)), encoding="utf-8")
-    said = outcome.decide(1, tmp_path / "report.json")
-    assert (said.result, said.report) == ("error", None)
-    assert said.problem
-
-
 def test_a_report_nested_without_end_is_a_sentence(tmp_path: Path, wording: Wording) -> None:
-    (tmp_path / "report.json").write_text("[" * 100_000, encoding="utf-8")
-    wording(outcome.decide(0, tmp_path / "report.json").problem)
+    wording(decided(tmp_path, 0, "[" * 100_000).problem)
 
 
 def test_a_report_beside_a_planted_file_is_no_verdict(tmp_path: Path, wording: Wording) -> None:
-    (tmp_path / "report.json").write_text(json.dumps(report("pass")), encoding="utf-8")
-    said = outcome.decide(0, tmp_path / "report.json", refused=["summary.md was not taken: it is a symbolic link"])
+    said = decided(tmp_path, 0, report("pass"), refused=["summary.md was not taken: it is a symbolic link"])
     assert said.result == "error"
     wording(said.problem)
 

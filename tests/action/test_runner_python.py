@@ -72,11 +72,11 @@ def test_the_first_step_runs_on_the_oldest_python(tmp_path: Path, environ: dict[
     assert "result<<" in (tmp_path / "output").read_text()
 
 
-@pytest.mark.parametrize(("version", "known"), [("3.6.15", 1), ("2.7.18", 1)])
-def test_an_older_python_is_a_sentence(tmp_path: Path, version: str, known: int) -> None:
+@pytest.mark.parametrize("version", ["3.6.15", "2.7.18"])
+def test_an_older_python_is_a_sentence(tmp_path: Path, version: str) -> None:
     """Before any of our files is read, which it could not even parse."""
     python = tmp_path / "python3"
-    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit {known}\necho "Python {version}"\n', encoding="utf-8")
+    python.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 1\necho "Python {version}"\n', encoding="utf-8")
     python.chmod(0o755)
     done = subprocess.run(
         ["/bin/bash", "-e", "-c", GATE],

@@ -21,6 +21,7 @@ from merge_gate.features.export.plain_lora import LEAST_RANK, PlainLora, array_o
 from merge_gate.files.headers import open_regular, parse_places
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import StoredTensor
+from merge_gate.records.measured import ServedClass
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.gating import Gate
@@ -205,26 +206,24 @@ KEY = "model.layers.0.self_attn.q_proj.lora_A.weight"
         f"module.{ADAPTER_PREFIX}{KEY}",
         f"{ADAPTER_PREFIX}module._orig_mod.{KEY}",
         f"{ADAPTER_PREFIX}{KEY.replace('self_attn', 'self_attn._orig_mod')}",
+        pytest.param("module." * 400_000 + ADAPTER_PREFIX + KEY, id="any number of prefixes"),
     ],
 )
 def test_names_are_repaired(name: str) -> None:
     assert repaired_names([name], ["model.layers.0.self_attn.q_proj.weight"]) == {name: ADAPTER_PREFIX + KEY}
 
 
-def test_no_name_is_repaired_if_two_tensors_would_have_it() -> None:
-    assert repaired_names([ADAPTER_PREFIX + KEY, f"{ADAPTER_PREFIX}module.{KEY}"], []) == {}
-
-
-def test_a_prefix_may_come_any_number_of_times() -> None:
-    name = "module." * 400_000 + ADAPTER_PREFIX + KEY
-    assert repaired_names([name], []) == {name: ADAPTER_PREFIX + KEY}
-
-
-def test_names_of_the_base_itself_are_left_alone() -> None:
-    right = ADAPTER_PREFIX + KEY
-    assert repaired_names([right], []) == {}
-    own = f"{ADAPTER_PREFIX}module.layer.lora_A.weight"
-    assert repaired_names([own], ["module.layer.weight"]) == {}
+@pytest.mark.parametrize(
+    ("names", "base"),
+    [
+        ([ADAPTER_PREFIX + KEY], []),
+        ([ADAPTER_PREFIX + KEY, f"{ADAPTER_PREFIX}module.{KEY}"], []),
+        ([f"{ADAPTER_PREFIX}module.layer.lora_A.weight"], ["module.layer.weight"]),
+    ],
+    ids=["right", "two of one name", "a name of the base"],
+)
+def test_other_names_are_left_alone(names: list[str], base: list[str]) -> None:
+    assert repaired_names(names, base) == {}
 
 
 # --- what has no plain LoRA ------------------------------------------------------------------------------------------
@@ -280,14 +279,7 @@ def test_other_tensors_are_refused(name: str, dtype: str, wording: Wording) -> N
 
 def test_a_module_that_the_served_class_lacks_is_refused(shelf: Shelf, tmp_path: Path) -> None:
     base, adapter = make(shelf, tmp_path)
-    config = read_config(adapter)
     made = plain(base, adapter, tmp_path / "out")
-    from merge_gate.records.measured import ServedClass  # noqa: PLC0415
-
+    other = ServedClass(name="Other", loaded="Own", names={}, scalings={}, sizes={}, sources={})
     with pytest.raises(NoPlainLoraError):
-        plain_lora(
-            config,
-            made.tensors,
-            ServedClass(name="Other", loaded="Own", names={}, scalings={}, sizes={}, sources={}),
-            fill=True,
-        )
+        plain_lora(read_config(adapter), made.tensors, other, fill=True)

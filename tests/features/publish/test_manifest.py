@@ -25,6 +25,7 @@ from merge_gate.records.files import CARD_NAME, MANIFEST_NAME
 from tests.support import published, reports
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -106,23 +107,28 @@ def test_weights_may_be_compared_by_their_size(tmp_path: Path) -> None:
     assert [*differences(tmp_path, manifest, weights=False)] == ["config.json"]
 
 
-_WRONG: dict[str, Any] = {
-    "verdict": "failed",
-    "files": [],
-    "schema_version": "2.0",
-    "adapters": [],
-    "tool": {"name": "other", "version": "1"},
-    "combination": {"method": "ties", "weights": []},
-    "dtype": 3,
-}
+_OUTSIDE = ["../x", "/etc/x", "a/../x", "a//x", "./x", "a\\x", "a/", "", ".", "a\0", MANIFEST_NAME]
+_WRONG: list[Callable[[dict[str, Any]], object]] = [
+    lambda one: one.update(verdict="failed"),
+    lambda one: one.update(files=[]),
+    lambda one: one.update(files=one["files"] * 2),
+    lambda one: one.update(schema_version="2.0"),
+    lambda one: one.update(adapters=[]),
+    lambda one: one.update(tool={"name": "other", "version": "1"}),
+    lambda one: one.update(combination={"method": "ties", "weights": []}),
+    lambda one: one.update(dtype=3),
+    *(lambda one, name=name: one["files"][0].update(path=name) for name in _OUTSIDE),
+]
 
 
-@pytest.mark.parametrize("key", _WRONG)
-def test_what_a_run_cannot_have_written_is_refused(tmp_path: Path, key: str) -> None:
+@pytest.mark.parametrize("change", _WRONG)
+def test_what_a_run_cannot_have_written_is_refused(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     document = json.loads(render(published.publish(tmp_path)))
+    later = document | {"a later key": 1, "schema_version": "1.9"}
+    assert parse_manifest(json.dumps(later).encode(), "x")
+    change(document)
     with pytest.raises(UsageError):
-        parse_manifest(json.dumps(document | {key: _WRONG[key]}).encode(), "x")
-    assert parse_manifest(json.dumps(document | {"a later key": 1, "schema_version": "1.9"}).encode(), "x")
+        parse_manifest(json.dumps(document).encode(), "x")
 
 
 @pytest.mark.attempt("T12d", "an adapter has the combination's name", "exit 2")
@@ -139,22 +145,6 @@ def test_a_member_with_the_name_of_the_combination_is_refused(tmp_path: Path) ->
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(UsageError):
         parse_manifest(data, "x")
-
-
-@pytest.mark.parametrize(
-    "name", ["../x", "/etc/x", "a/../x", "a//x", "./x", "a\\x", "a/", "", ".", "a\0", MANIFEST_NAME]
-)
-def test_a_name_outside_of_the_directory_is_refused(tmp_path: Path, name: str) -> None:
-    manifest = published.publish(tmp_path)
-    moved = replace(manifest, files=(replace(manifest.files[0], path=name), *manifest.files[1:]))
-    with pytest.raises(UsageError):
-        parse_manifest(render(moved), "x")
-
-
-def test_a_name_listed_twice_is_refused(tmp_path: Path) -> None:
-    manifest = published.publish(tmp_path)
-    with pytest.raises(UsageError):
-        parse_manifest(render(replace(manifest, files=manifest.files * 2)), "x")
 
 
 # --- the card --------------------------------------------------------------------------------------------------------

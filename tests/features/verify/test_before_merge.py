@@ -16,7 +16,7 @@ from merge_gate.files.resolve import resolve_base
 from merge_gate.judging.kinds import ALLOWED
 from merge_gate.records.terms import FailureKind, Severity, Verdict
 from tests.support.models import make_base
-from tests.support.verify.file_changes import edited
+from tests.support.verify.file_changes import added, both, edited, removed
 from tests.support.verify.merges import Scene, weights_of, write_weights
 from tests.support.verify.verification import Verifier
 
@@ -126,17 +126,14 @@ def _quantized(out: Path) -> None:
     edited("config.json", quantization_config=bases.BNB_8BIT_CONFIG)(out)
 
 
-def _without_config(out: Path) -> None:
-    (out / "config.json").unlink()
-
-
-def _only_a_pickle(out: Path) -> None:
-    (out / "model.safetensors").rename(out / "pytorch_model.bin")
-
-
 @pytest.mark.parametrize(
     ("change", "verdict"),
-    [(_without_config, Verdict.FAILED), (_only_a_pickle, Verdict.ERROR), (_quantized, Verdict.ERROR)],
+    [
+        (removed("config.json"), Verdict.FAILED),
+        (both(removed("model.safetensors"), added("pytorch_model.bin")), Verdict.ERROR),
+        (_quantized, Verdict.ERROR),
+    ],
+    ids=["no config.json", "a pickle", "quantized"],
 )
 def test_a_model_that_cannot_be_loaded_is_never_allowed(scene: Scene, tmp_path: Path, change, verdict: Verdict) -> None:
     """Although all kinds are allowed that may be. Its sentences speak of the model."""

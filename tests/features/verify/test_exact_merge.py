@@ -158,9 +158,7 @@ def test_one_value_that_is_off_by_two_units_is_found(dtype: torch.dtype) -> None
         assert fitted(of, steps(steps(merged, signs), signs))[0] == 1, seed
 
 
-@pytest.mark.attempt(
-    "V03f", "every float32 value as far off as the bound of float32 allows, to one side", "unexplained"
-)
+@pytest.mark.attempt("V03f", "every value as far off as the bound of float32 allows, to one side", "unexplained")
 def test_a_change_within_float32s_bound_is_seen_by_its_signs() -> None:
     for seed in range(4):
         of = layer(seed, torch.float32, least_size=128)

@@ -46,6 +46,18 @@ def only_entry(place: Path) -> dict[str, Any]:
     return adapter  # type: ignore[no-any-return]
 
 
+def swap_after(monkeypatch: pytest.MonkeyPatch, function: str, swap: Callable[[], object]) -> None:
+    """Swap something as soon as an answer has been found, and before it is given."""
+    own = getattr(answer, function)
+
+    def swapped(*words: Any) -> Any:
+        found = own(*words)
+        swap()
+        return found
+
+    monkeypatch.setattr(answer, function, swapped)
+
+
 @pytest.mark.attempt("W06", "weights of MERGED are swapped while it is verified", "error, and no answer")
 @pytest.mark.attempt("W07", "config.json of MERGED is swapped while it is verified", "error, and no answer")
 @pytest.mark.parametrize("what", ["weights", pytest.param("config.json", marks=pytest.mark.slow)])
@@ -53,15 +65,8 @@ def test_a_model_that_is_swapped_during_the_comparison(
     scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     shutil.copytree(scene.merge(VARIANT), tmp_path / "model")
-    findings_of = answer.findings_of
-
-    def swapped(*words: Any) -> Any:
-        found = findings_of(*words)
-        SWAPS[what](tmp_path / "model")
-        return found
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(answer, "findings_of", swapped)
+    swap_after(monkeypatch, "findings_of", lambda: SWAPS[what](tmp_path / "model"))
     words = ["--base", str(scene.base(VARIANT)), "--adapter", str(scene.adapter(VARIANT))]
     assert main(["verify", "model", *words]) == 3
     found = only_entry(tmp_path)
@@ -79,24 +84,15 @@ def test_a_report_inside_of_the_model_is_refused(
     assert not (tmp_path / "model" / "reports").exists()
 
 
-@pytest.mark.attempt(
-    "W06b", "a published directory is swapped while it is compared with its record", "error, no answer"
-)
+@pytest.mark.attempt("W06b", "a published directory is swapped while it is compared", "error, no answer")
 @pytest.mark.parametrize("what", [None, *SWAPS])
 def test_a_model_that_is_swapped_while_its_record_is_compared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str | None
 ) -> None:
     published.publish(tmp_path / "model")
-    recorded_report = answer.recorded_report
-
-    def swapped(*words: Any) -> Any:
-        found = recorded_report(*words)
-        if what is not None:
-            SWAPS[what](tmp_path / "model")
-        return found
-
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(answer, "recorded_report", swapped)
+    if what is not None:
+        swap_after(monkeypatch, "recorded_report", lambda: SWAPS[what](tmp_path / "model"))
     assert main(["verify", "model"]) == (0 if what is None else 3)
     found = only_entry(tmp_path)
     assert (found["verdict"], found["cause"]) == (("passed", None) if what is None else ("error", "not-judged"))
