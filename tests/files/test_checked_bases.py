@@ -67,12 +67,6 @@ def test_a_broken_base_is_not_sound(weights: bytes, cause: str, place: Path) -> 
     assert checked(place)[0] == [("error", cause)]
 
 
-def test_a_broken_adapter_on_a_broken_base_has_failed(place: Path) -> None:
-    lay(place / "base", {MODEL: LFS})
-    lay_adapter(place / "adapter-2", "./base", weights=LFS)
-    assert checked(place)[0] == [("error", "base-incomplete"), ("failed", "file-lfs-pointer")]
-
-
 def test_an_absent_base_is_not_sound_and_no_hub_id_is_read(place: Path) -> None:
     assert checked(place)[0] == [("error", "not-judged")]
     lay_adapter(place / "adapter-hub", "acme/llama")

@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import time
-import zipfile
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -224,13 +223,6 @@ def test_a_pipe_or_a_directory_does_not_hang(name: str, tmp_path: Path) -> None:
     assert "directory" in only(look(tmp_path), "file-corrupt").message
 
 
-def make_pickled(directory: Path, content: bytes) -> Path:
-    make(directory)
-    (directory / WEIGHTS_NAME).unlink()
-    (directory / PICKLE_NAME).write_bytes(content)
-    return directory
-
-
 def test_the_tensors_of_an_allowed_pickle_are_known_with_torch(shelf: Shelf) -> None:
     without = preflight(str(shelf.adapter("pickled")), allow_pickle=True)
     assert (without.weights, without.tensors, without.findings) == (PICKLE_NAME, (), ())
@@ -238,18 +230,6 @@ def test_the_tensors_of_an_allowed_pickle_are_known_with_torch(shelf: Shelf) -> 
     assert files.weights == PICKLE_NAME
     assert set(files.tensors) == set(look(shelf.adapter("plain")).tensors)
     assert [record.path for record in files.files] == [CONFIG_NAME, PICKLE_NAME]
-
-
-def test_broken_pickles(shelf: Shelf, tmp_path: Path) -> None:
-    whole = (shelf.adapter("pickled") / PICKLE_NAME).read_bytes()
-    with zipfile.ZipFile(tmp_path / "foreign.zip", "w") as archive:
-        archive.writestr("readme.txt", "hello")
-    foreign = (tmp_path / "foreign.zip").read_bytes()
-    for number, (content, check) in enumerate(
-        ((b"", "file-corrupt"), (whole[: len(whole) // 2], "file-corrupt"), (foreign, "file-corrupt"),
-         (b"<html>", "file-corrupt"), (b"\x80junk", "file-corrupt"), (LFS, "file-lfs-pointer"))
-    ):  # fmt: skip
-        only(look(make_pickled(tmp_path / str(number), content), allow_pickle=True), check)
 
 
 SOUND = weights(SHAPES)

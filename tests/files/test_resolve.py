@@ -24,7 +24,6 @@ import pytest
 from merge_gate._internal.errors import ResolveError
 from merge_gate.files.hub import _DOWNLOAD_TIMEOUT_S, _REQUEST_TIMEOUT_S, PAUSES_S, Repository, translate
 from merge_gate.files.resolve import (
-    Fetching,
     base_setting_files,
     base_weight_files,
     digest_directory,
@@ -177,13 +176,6 @@ def test_a_pipe_in_a_base_does_not_hang(tmp_path: Path, wording: Wording) -> Non
     with pytest.raises(ResolveError) as caught:
         resolve_base(str(directory))
     wording(caught.value)
-
-
-def test_shards_are_found_and_pickles_need_leave(tmp_path: Path) -> None:
-    sharded = make_directory(tmp_path / "sharded", SHARDS)
-    assert base_weight_files(str(resolve_base(str(sharded)).directory)) == tuple(sorted(SHARDS)[1:])[::-1]
-    pickled = make_directory(tmp_path / "pickled", PICKLED_BASE)
-    assert resolve_base(str(pickled), how=Fetching(allow_pickle=True)).directory == str(pickled)
 
 
 def test_a_base_that_is_gone_by_now(tmp_path: Path, wording: Wording) -> None:
@@ -353,14 +345,6 @@ def test_a_base_brings_only_what_is_needed(hub: LoopbackHub, client: Client) -> 
     assert offline == online | {"notes": []} | ({} if KEEPS_LISTING else {"withheld": []})
     with_code = client.ask({"kind": "base", "id": "acme/base", "trust_remote_code": True})[0]
     assert set(with_code["names"]) - set(online["names"]) == {"modeling_x.py"}
-
-
-def test_the_digest_of_a_base_is_that_of_the_cache_and_a_copy(hub: LoopbackHub, client: Client, tmp_path: Path) -> None:
-    hub.add_repo("acme/base", SHARDS)
-    online = client.ask({"kind": "base", "id": "acme/base"})[0]
-    copy = make_directory(tmp_path / "copy", SHARDS)
-    assert online["names"] == sorted(SHARDS)
-    assert online["digest"] == digest_directory(str(copy), sorted(SHARDS))
 
 
 def test_a_pickled_base_needs_leave(hub: LoopbackHub, client: Client, wording: Wording) -> None:

@@ -1,7 +1,8 @@
-"""A Hub on the loopback interface that drips, floods, and names places outside of the cache."""
+"""A Hub on the loopback interface that drips, floods, and names places outside of the cache; reads that do not end."""
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,15 +14,19 @@ from huggingface_hub import HfApi, constants
 from merge_gate._internal.errors import GateError, ResolveError, SourceError
 from merge_gate.features.stream import hub_file
 from merge_gate.features.stream.hub_file import HubFile
+from merge_gate.files import base_watch
 from merge_gate.files import hub as hub_module
+from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.resolve import resolve_adapter
 from merge_gate.limits import request_limits
+from merge_gate.limits.timeout import within
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from tests.support.hub import LoopbackHub
 from tests.support.tried import tried
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
 
 TENSORS = b"\x02\0\0\0\0\0\0\0{}"
 ADAPTER = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": TENSORS + bytes(100_000)}
@@ -279,3 +284,39 @@ def test_requests_of_other_code_are_not_limited(hub: LoopbackHub) -> None:
     assert HfApi().model_info("acme/other").sha == commit
     with pytest.raises(ResolveError):
         HfApi(library_name="merge-gate", library_version="1").model_info("acme/other")
+
+
+def test_the_result_is_that_of_the_read() -> None:
+    assert within(60.0, lambda: 7) == 7
+    assert within(60.0, lambda: None) is None
+
+
+def test_so_is_its_exception() -> None:
+    with pytest.raises(KeyError, match="gone"):
+        within(60.0, lambda: {}["gone"])
+
+
+def test_a_read_that_hangs_is_given_up() -> None:
+    never = threading.Event()
+    with pytest.raises(TimeoutError):
+        within(0.01, never.wait)
+    never.set()
+
+
+def test_a_mount_that_does_not_answer_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, never = [], threading.Event()
+
+    def hang(directory: str) -> None:
+        asked.append(directory)
+        never.wait()
+
+    monkeypatch.setattr(base_watch, "base_identity", hang)
+    monkeypatch.setattr(base_watch, "ANSWER_TIMEOUT_S", 0.01)
+    watch = BaseWatch()
+    for entry in range(3):
+        watch.loaded("/mnt/base", (), [entry])
+    assert watch.void() == {"/mnt/base": [0, 1, 2]}
+    assert not watch.is_unchanged(0)
+    assert watch.is_silent("/mnt/base")
+    assert asked == ["/mnt/base"]
+    never.set()

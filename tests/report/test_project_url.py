@@ -44,22 +44,17 @@ print(json.dumps({
 """
 
 
-def rendered(source: Path) -> dict[str, Any]:
-    """A failed report in every format, by the package in `source`."""
-    code = f"import sys; sys.path[:0] = [{str(source)!r}, {str(Path(__file__).parents[2])!r}]\n{RENDERED}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def rendered_with(address: str, source: Path) -> dict[str, Any]:
-    """What a copy of the package with this address writes."""
+    """A failed report in every format, by a copy of the package with this address."""
     shutil.copytree(PACKAGE, source / "merge_gate", ignore=shutil.ignore_patterns("__pycache__"))
     setting = source / "merge_gate" / "records" / "project.py"
     text = setting.read_text(encoding="utf-8")
     changed = re.sub(r'^PROJECT_URL = ".*"$', f'PROJECT_URL = "{address}"', text, flags=re.MULTILINE)
     setting.write_text(changed, encoding="utf-8")
-    return rendered(source)
+    code = f"import sys; sys.path[:0] = [{str(source)!r}, {str(Path(__file__).parents[2])!r}]\n{RENDERED}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
 
 
 def test_the_address_is_empty_or_a_repository_on_github() -> None:
@@ -81,15 +76,11 @@ def test_every_format_links_a_check_to_its_page(tmp_path: Path) -> None:
     assert driver["informationUri"] == ADDRESS
     assert {rule["id"]: rule["helpUri"] for rule in driver["rules"]}["adapter-nonfinite"] == PAGE
     assert not any("merge-gate explain" in linked[kind] for kind in ("terminal", "summary", "junit"))
-
-
-def test_an_answer_of_verify_is_a_section_of_one_page(tmp_path: Path) -> None:
-    linked = rendered_with(ADDRESS, tmp_path)
-    section = f"{DOCUMENTATION}guides/verify/#applied-twice"
-    assert linked["answer"] == section
-    assert f"  more    {section}\n" in linked["comparison"]
+    answer = f"{DOCUMENTATION}guides/verify/#applied-twice"
+    assert linked["answer"] == answer, "an answer of verify is a section of one page"
+    assert f"  more    {answer}\n" in linked["comparison"]
     rules = json.loads(linked["compared"])["runs"][0]["tool"]["driver"]["rules"]
-    assert {rule["id"]: rule["helpUri"] for rule in rules}["applied-twice"] == section
+    assert {rule["id"]: rule["helpUri"] for rule in rules}["applied-twice"] == answer
     assert linked["unknown"] is None
 
 

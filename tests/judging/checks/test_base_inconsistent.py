@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from merge_gate.judging.adapter_report import base_report
-from merge_gate.judging.checks import base_incomplete, base_inconsistent
+from merge_gate.judging.checks import base_inconsistent
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding, Origin, Severity
 from tests.support.judging.cases import COUNTS, MANY, NAMES, WEIGHT, base, reason, refusing, unworded
@@ -52,15 +51,3 @@ def test_stored_tensors_that_the_model_lacks_are_a_note(count: int, wording: Wor
         tensor="model.layers.0.mlp.weight",
         message="",
     )
-
-
-def test_the_line_of_a_base_has_both_and_the_error_first() -> None:
-    """An adapter may bring what is missing. The line of the base does not know that, so it has the error."""
-    facts = base(loaded_as="LlamaModel", incomplete=NAMES[2:4], unloaded=NAMES[4:6])
-    first, second = base_report(facts).findings
-    assert first == base_incomplete.incomplete(facts.model, NAMES[2:4], facts.loaded_as)
-    assert (second.check, second.severity, second.tensor) == ("base-inconsistent", Severity.NOTE, NAMES[4])
-
-
-def test_a_sound_base_has_no_findings() -> None:
-    assert [*base_incomplete.of_base(base()), *base_inconsistent.of_base(base())] == []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from merge_gate.records.config import Combine
 from merge_gate.records.measured import Evidence, FileTensor
 from tests.support.judging.cases import (
     LORA_B,
@@ -56,12 +55,6 @@ class TestMergedNonfinite(EveryCheck):
         "a NaN of finite values": Given(evidence(merges=(merged(broken(nan=1, posinf=1)),))),
     }
     QUIET = (Given(evidence(merges=(merged(broken()),), base=base(nonfinite=(broken(),)))),)
-
-
-def test_a_combination_is_judged_like_one_adapter() -> None:
-    combination = spec(combine=Combine(method="ties", adapters=("a", "b"), weights=(1.0, 1.0), density=0.5))
-    (finding,) = judge(combination, files(), evidence(merges=(merged(broken()),)))
-    assert finding.check == "merged-nonfinite"
 
 
 def test_a_tensor_broken_in_the_base_is_not_the_mergers_fault() -> None:
