@@ -13,6 +13,7 @@ from transformers import FineGrainedFP8Config
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
 from merge_gate._internal.errors import EngineError
+from merge_gate.features.quantized.checkpoint import Checkpoint
 from tests.support.quantized.checkpoints import WRITTEN, Tensors, opened, written
 
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -25,6 +26,13 @@ def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
+def unlike(release: Checkpoint, weight: torch.Tensor, expected: torch.Tensor) -> float:
+    """The distance of our quantized weight from the tool's, in units of the noise."""
+    again = release.requantized("layer.weight", weight)
+    assert again is not None
+    return float((again - expected).norm() / (expected - weight).norm())
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in WRITTEN.iterdir()))
 def test_values_are_those_of_the_tool(name: str, tmp_path: Path) -> None:
     parts, expected, settings = written(name)
@@ -35,17 +43,11 @@ def test_values_are_those_of_the_tool(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in WRITTEN.iterdir()))
-def test_values_of_a_release_are_on_its_own_grid(name: str, tmp_path: Path) -> None:
+def test_values_are_quantized_as_the_tool_does(name: str, tmp_path: Path) -> None:
     parts, expected, settings = written(name)
     release = opened(tmp_path, parts, {"layer.weight": expected}, settings)
-    values = release.read("layer.weight")
-    again = release.requantized("layer.weight", values)
-    assert again is not None
-    assert torch.allclose(again, values, atol=1e-6)
-    moved = release.requantized("layer.weight", values + 0.1 * values.abs().max() * random(*values.shape))
-    assert moved is not None
-    assert not torch.equal(moved, again)
-    assert torch.equal(moved, release.requantized("layer.weight", moved))
+    is_exact = not name.startswith(("int-", "float-")) and "ordered" not in name  # else in bfloat16, or calibrated
+    assert unlike(release, random(32, 64).bfloat16().float(), expected) < (0.45 if is_exact else 1.3)
 
 
 @pytest.mark.parametrize("is_nested", [False, True])
@@ -60,12 +62,7 @@ def test_bitsandbytes_in_4_bits(kind: str, is_nested: bool, tmp_path: Path) -> N
     release = opened(tmp_path, tensors, {"layer.weight": weight}, BITSANDBYTES)
     assert torch.allclose(release.read("layer.weight"), expected, atol=1e-6)
     assert release.format == "bitsandbytes (4 bits in groups of 64)"
-    again = release.requantized("layer.weight", weight)
-    assert again is not None
-    is_same = (again - expected).abs() < 1e-6
-    assert float(is_same.float().mean()) >= (
-        0.99 if is_nested else 1
-    )  # the codes are from scales that were not rounded
+    assert unlike(release, weight, expected) < (0.1 if is_nested else 1e-3)
 
 
 def test_bitsandbytes_in_8_bits(tmp_path: Path) -> None:
@@ -90,7 +87,7 @@ def test_fp8_of_transformers(scale_format: str, tmp_path: Path) -> None:
     expected = Fp8Dequantize(quantizer)._dequantize_one(made["layer.weight"], scale, torch.float32)
     release = opened(tmp_path, made, {"layer.weight": weight}, FP8)
     assert torch.equal(release.read("layer.weight"), expected)
-    assert torch.equal(release.requantized("layer.weight", weight), expected)  # type: ignore[arg-type]
+    assert unlike(release, weight, expected) < 0.1
     assert release.format == "FP8 (FP8)"
 
 
@@ -137,9 +134,8 @@ def test_weights_that_the_base_stores_transposed(tmp_path: Path) -> None:
     """The layers of GPT-2 are such."""
     parts, expected, settings = written("gptq-8")
     release = opened(tmp_path, parts, {"layer.weight": expected.T}, settings)
-    values = release.read("layer.weight")
-    assert torch.allclose(values, expected.T, atol=1e-2)
-    assert torch.allclose(release.requantized("layer.weight", values), values, atol=1e-6)  # type: ignore[arg-type]
+    assert torch.allclose(release.read("layer.weight"), expected.T, atol=1e-2)
+    assert unlike(release, random(32, 64).bfloat16().float().T, expected.T) < 0.1
 
 
 @pytest.mark.parametrize(

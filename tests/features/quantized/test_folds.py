@@ -67,11 +67,11 @@ def test_a_trained_norm_is_kept(tmp_path: Path) -> None:
     assert torch.equal(release.read(norm), trained[norm].bfloat16().float())
 
 
-def test_other_values_are_rounded_with_the_scales(tmp_path: Path) -> None:
+def test_other_values_are_quantized_with_the_scales(tmp_path: Path) -> None:
     own = base()
-    release, _ = released(tmp_path, own, "lora")
-    for name in (name for name, tensor in own.items() if tensor.dim() == 2):
-        values = release.read(name)
-        again = release.requantized(name, values)
+    release, deltas = released(tmp_path, own, "lora")
+    for name, change in deltas.items():
+        merged = own[name].float() + change
+        again = release.requantized(name, merged)
         assert again is not None
-        assert torch.allclose(again, values, atol=1e-6), name
+        assert float((again - release.read(name)).norm()) < 0.6 * float((again - merged).norm()), name

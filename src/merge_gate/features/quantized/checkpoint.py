@@ -180,15 +180,25 @@ class Checkpoint:
         return replace(place, shape=(count, *place.shape[1:]), span=span).read(self._base_feed).float()
 
     def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        """Other values of this tensor, rounded to the grid of the release's own scales. None for plain floats."""
+        """Other values of this tensor, quantized to the nearest codes. None for plain floats.
+
+        The scales follow from the extremes of these values if those of the release are such. If these are the scales of
+        the base, the release was merged into the base's codes, and its scales are kept.
+        """
         if name not in self._parts:
             return None
         grid = self._grid(name)
-        if self._is_transposed:
-            return self._oriented(grid.nearest(values.mT.contiguous().view(grid.codes.shape)), name)
+        folded = self._folded(name, values, grid)
+        starts = range(0, self._shapes[name][0], ROWS)
+        base = self._folded(name, torch.cat([self._base_rows(name, start) for start in starts]), grid)
+        made = (grid if grid.has_scales_of(base) else grid.refitted(folded)).nearest(folded)
+        return self.folds.undone(name, self._oriented(made, name))
+
+    def _folded(self, name: str, values: torch.Tensor, grid: Grid) -> torch.Tensor:
+        """Values of a tensor in the shape of its codes, with the scales that were moved."""
         rows, columns = self.folds.factors(name)
         values = (values * columns).mul_(rows[:, None])
-        return self.folds.undone(name, self._oriented(grid.nearest(values.view(grid.codes.shape)), name))
+        return (values.mT.contiguous() if self._is_transposed else values).view(grid.codes.shape)
 
     def _grid(self, name: str) -> Grid:
         """The grid of a weight. The latest one is kept, because a weight is read and requantized in turn."""

@@ -78,6 +78,8 @@ class Folds:
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         """What the rows and the columns of a layer's weight were multiplied with."""
         rows, columns = torch.ones(1), torch.ones(1)
+        if name not in self._shapes:
+            return rows, columns
         if by_norm := self._norm_of(name):
             columns = by_norm[1]
         if (scales := self._pair(name)) is not None:

@@ -26,6 +26,9 @@ AWQ_ORDER = [0, 4, 1, 5, 2, 6, 3, 7]
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of values that share a scale in bitsandbytes."""
 
+SAME_SCALE = 0.1
+"""Scales by extremes differ so little from those of the release, by their median: else these were found otherwise."""
+
 Parts = Mapping[str, torch.Tensor]
 
 
@@ -45,7 +48,8 @@ class Grid(NamedTuple):
     """Values `codes * scales + offsets`. Scales and offsets (rows, groups) are float32.
 
     Codes (rows, columns) are float8, int8, or unsigned with so many `bits`. With a `table`, they are places in it.
-    `groups` has the group of each column.
+    `groups` has the group of each column, and `height` is the number of rows that share a scale. The file has the
+    scales in this `dtype`.
     """
 
     codes: torch.Tensor
@@ -54,6 +58,9 @@ class Grid(NamedTuple):
     groups: torch.Tensor
     bits: int = 8
     table: torch.Tensor | None = None
+    dtype: torch.dtype = torch.float32
+    height: int = 1
+    is_mlx: bool = False
 
     def values(self) -> torch.Tensor:
         """The values (rows, columns) in float32."""
@@ -79,6 +86,55 @@ class Grid(NamedTuple):
             largest = torch.finfo(self.codes.dtype).max
             return codes.clamp_(-largest, largest).to(self.codes.dtype).float()
         return codes.round_().clamp_(*((0, 2**self.bits - 1) if self.codes.dtype == torch.uint8 else (-128, 127)))
+
+    def refitted(self, values: torch.Tensor) -> Grid:
+        """The grid that a quantizer gives these values (rows, columns) by the extremes of each group.
+
+        The same grid if its scales were found otherwise: by calibration, or for columns in another order.
+        """
+        (rows, columns), count = values.shape, self.scales.shape[1]
+        if (
+            columns % count
+            or rows % self.height
+            or bool((self.groups != torch.arange(columns) // (columns // count)).any())
+        ):
+            return self
+        blocks = values.view(rows // self.height, self.height, count, -1)
+        low, high = blocks.amin((1, 3)).clamp_(max=0), blocks.amax((1, 3)).clamp_(min=0)
+        own = self.scales[:: self.height]
+        zeros = (-self.offsets[:: self.height] / own).nan_to_num().round()
+        levels, is_signed = 2**self.bits - 1, self.codes.dtype == torch.int8
+        if self.is_mlx:  # the value that is further from 0 has a code, and so has 0
+            edge, sign = torch.where(-low > high, low, high), torch.where(-low > high, 1, -1)
+            scales = sign * ((high - low) / levels).clamp(min=1e-7)
+            first = (edge / scales).round()
+            scales = torch.where(first == 0, scales, edge / first)
+            offsets = torch.where(first == 0, 0, edge).to(self.dtype).float()
+            scales = scales.to(self.dtype).float()
+        elif bool((zeros != zeros[0, 0]).any()):
+            scales = ((high - low) / levels).to(self.dtype).float()
+            offsets = scales * ((low / scales).nan_to_num().round() + 128 * is_signed)
+        else:
+            scales = (torch.maximum(-low, high) / self._largest_code()).to(self.dtype).float()
+            offsets = scales * -zeros
+        if not abs(float((scales / own).median()) - 1) < SAME_SCALE:
+            return self
+        scales, offsets = (part.repeat_interleave(self.height, 0) for part in (scales, offsets))
+        return self._replace(scales=scales, offsets=offsets)
+
+    def has_scales_of(self, values: torch.Tensor) -> bool:
+        """Whether most of its scales are those that a quantizer gives these values by their extremes."""
+        return float((self.refitted(values).scales == self.scales).float().mean()) > 1 / 2
+
+    def _largest_code(self) -> float:
+        """What the largest value of a group is divided by for its scale, if zero has the middle code."""
+        if self.table is not None:
+            return 1.0
+        if self.codes.dtype.is_floating_point:
+            return float(torch.finfo(self.codes.dtype).max)
+        lowest = -128 if self.codes.dtype == torch.int8 else 0
+        has_one_more_below = int(self.codes.min()) == lowest
+        return ((1 << self.bits) - (1 if has_one_more_below else 2)) / 2
 
     def _in_rows(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         step = max(1, VALUES // self.codes.shape[1])
@@ -148,12 +204,13 @@ def _grid(  # noqa: PLR0917 - what makes a grid
     weight: Weight,
     codes: torch.Tensor,
     scales: torch.Tensor,
-    offsets: torch.Tensor,
+    zeros: torch.Tensor | int,
     bits: int,
     index: torch.Tensor | None = None,
 ) -> Grid:
     """The grid, if the shapes fit. An `index` gives the group of each column, unless it is -1 everywhere."""
-    count, groups = scales.shape[1], _spread(weight, 1, scales.shape[1])
+    dtype, scales, groups = scales.dtype, scales.float(), _spread(weight, 1, scales.shape[1])
+    offsets, count = -scales * zeros, scales.shape[1]
     if index is not None and index.shape == groups.shape and not index.is_meta and bool((index != -1).any()):
         groups = index.long()
         if bool(((index < 0) | (index >= count)).any()):
@@ -163,37 +220,39 @@ def _grid(  # noqa: PLR0917 - what makes a grid
         raise ValueError(of_rows)
     if index is not None and index.shape != groups.shape:
         raise ValueError(index.shape)
-    return Grid(codes, scales, offsets, groups, bits)
+    return Grid(codes, scales, offsets, groups, bits, dtype=dtype)
 
 
 def _gptq(weight: Weight, parts: Parts) -> Grid:
-    (rows, columns), words, scales = weight.shape, parts["qweight"].t(), parts["scales"].t().float()
+    (rows, columns), words = weight.shape, parts["qweight"].t()
     bits = _bits(words, columns)
     zeros = unpack(parts["qzeros"], bits, rows).t()
     if weight.method == "gptq":  # version 1 stores them less one
         zeros = zeros + 1 & 2**bits - 1
-    return _grid(weight, unpack(words, bits, columns), scales, -scales * zeros, bits, parts.get("g_idx"))
+    return _grid(weight, unpack(words, bits, columns), parts["scales"].t(), zeros, bits, parts.get("g_idx"))
 
 
 def _awq(weight: Weight, parts: Parts) -> Grid:
-    words, scales = (parts["qweight"], parts["qzeros"]), parts["scales"].t().float()
     codes, zeros = (
-        unpack(part, 4, 8 * part.shape[1]).view(*part.shape, 8)[..., AWQ_ORDER].flatten(1).t() for part in words
+        unpack(words, 4, 8 * words.shape[1]).view(*words.shape, 8)[..., AWQ_ORDER].flatten(1).t()
+        for words in (parts["qweight"], parts["qzeros"])
     )
-    return _grid(weight, codes, scales, -scales * zeros, 4)
+    return _grid(weight, codes, parts["scales"].t(), zeros, 4)
 
 
 def _packed(weight: Weight, parts: Parts) -> Grid:
-    (rows, columns), words, scales = weight.shape, parts["weight_packed"], parts["weight_scale"].float()
-    bits, zeros = _bits(words, columns), parts.get("weight_zero_point")
-    offsets = scales * -(1 << bits - 1) if zeros is None else -scales * unpack(zeros.t(), bits, rows).t()
-    return _grid(weight, unpack(words, bits, columns), scales, offsets, bits, parts.get("weight_g_idx"))
+    (rows, columns), words, zeros = weight.shape, parts["weight_packed"], parts.get("weight_zero_point")
+    bits = _bits(words, columns)
+    middles = 1 << bits - 1 if zeros is None else unpack(zeros.t(), bits, rows).t()
+    codes = unpack(words, bits, columns)
+    return _grid(weight, codes, parts["weight_scale"], middles, bits, parts.get("weight_g_idx"))
 
 
 def _mlx(weight: Weight, parts: Parts) -> Grid:
-    words, columns = parts["weight"], weight.shape[1]
+    words, columns, scales = parts["weight"], weight.shape[1], parts["scales"]
     bits = _bits(words, columns)
-    return _grid(weight, unpack(words, bits, columns), parts["scales"].float(), parts["biases"].float(), bits)
+    grid = _grid(weight, unpack(words, bits, columns), scales, 0, bits)
+    return grid._replace(offsets=parts["biases"].view(scales.shape).float(), is_mlx=True)
 
 
 def _scaled(weight: Weight, parts: Parts) -> Grid:
@@ -202,13 +261,12 @@ def _scaled(weight: Weight, parts: Parts) -> Grid:
     scales = scales.view(-1, 1) if scales.dim() < 2 else scales  # noqa: PLR2004
     zeros = parts.get("weight_zero_point", torch.zeros((), device=scales.device).expand(scales.shape))
     rows = _spread(weight, 0, len(scales)).to(scales.device)
-    scales, zeros = scales.float()[rows], zeros.view(scales.shape)[rows]
     layout = parts.get("weight_format")
     if layout is not None and not layout.is_meta and bool(layout.any()):
         raise LayoutError("has a weight_format other than row")
-    if "SCB" in parts:  # the largest value of each row
-        scales = scales / 127
-    return _grid(weight, parts["weight"], scales, -scales * zeros, 8)
+    of_rows = scales[rows] / 127 if "SCB" in parts else scales[rows]  # SCB: the largest value of each row
+    grid = _grid(weight, parts["weight"], of_rows, zeros.view(scales.shape)[rows], 8)
+    return grid._replace(height=-(-len(rows) // len(scales)))
 
 
 def _blocks(weight: Weight, parts: Parts) -> Grid:
@@ -221,8 +279,7 @@ def _blocks(weight: Weight, parts: Parts) -> Grid:
         scales = scales * nested.repeat_interleave(size)[: len(scales)] + _offset(parts)
     size = _block_size(count, len(scales))
     in_blocks = Weight((len(scales), size), (0, 0), weight.method)
-    scales = scales.view(-1, 1)
-    grid = _grid(in_blocks, pairs.flip(1).view(-1, size), scales, torch.zeros_like(scales), 4)
+    grid = _grid(in_blocks, pairs.flip(1).view(-1, size), scales.view(-1, 1), 0, 4)
     return grid._replace(table=parts["weight.quant_map"].view(16))
 
 

@@ -30,10 +30,19 @@ def file_release(name: str) -> Snapshot | None:
 def is_release(merged: Snapshot) -> bool:
     """Whether a finished model is stored quantized, by its headers."""
     files = merged.base_files
+    if files is not None and _is_mlx(files):
+        return all(problem.check in {"base-format", "base-inconsistent"} for problem in files.findings)
     if files is None or files.quantization is None:
         return False
     is_whole = all(problem.check == "base-format" for problem in files.findings)
     return files.quantization.is_read and is_whole
+
+
+def _is_mlx(files: BaseFiles) -> bool:
+    """Whether MLX wrote them. Its settings have no method, so that transformers cannot read them."""
+    names = {tensor.name for tensor in files.tensors}
+    codes = (tensor.name for tensor in files.tensors if tensor.dtype == "U32" and tensor.name.endswith(".weight"))
+    return any({f"{name.removesuffix('weight')}{part}" for part in ("scales", "biases")} <= names for name in codes)
 
 
 def groups_of(merged: Snapshot, groups: Sequence[Group], more: Sequence[ConsumerSpec]) -> Iterator[Group]:
