@@ -295,20 +295,12 @@ def nothing_judged(name: str, place: Path, answer: Answer, before: dict[str, str
     assert not (place / "merge-gate-report").exists()
 
 
-def cut_shard(place: Path) -> None:
-    path = place / "base" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-1000])
-
-
 def remove(name: str) -> Callable[[Path], None]:
     return lambda place: (place / name).unlink()
 
 
 def overwrite(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda place: (place / name).write_bytes(content)
-
-
-LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 7\n"
 
 
 def named_pipe(place: Path) -> None:
@@ -320,14 +312,11 @@ BROKEN_BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not-in-the-cache": (nothing, "acme/nowhere"),
     "empty": (lambda place: [file.unlink() for file in (place / "base").iterdir()], "base"),
     "no-config": (remove("base/config.json"), "config.json"),
-    "no-weights": (remove("base/model.safetensors"), "model.safetensors"),
     "config-not-json": (overwrite("base/config.json", b'{"model_type": '), "config.json"),
     "config-a-list": (overwrite("base/config.json", b"[]"), "config.json"),
     "config-of-no-model": (overwrite("base/config.json", b'{"model_type": "frobnicator"}'), "frobnicator"),
     "config-binary": (overwrite("base/config.json", bytes(range(256))), "config.json"),
     "config-deep": (overwrite("base/config.json", b'{"a":' * 20_000), "config.json"),
-    "truncated": (cut_shard, "model.safetensors"),
-    "lfs-pointer": (overwrite("base/model.safetensors", LFS_POINTER), "LFS"),
     "named-pipe": (named_pipe, "model.safetensors"),
 }
 

@@ -117,6 +117,7 @@ def point_nowhere(state: Mapping[str, Tensor], tensor: str) -> dict[str, Tensor]
     return dict(state) | {tensor: broken}
 
 
+@dataclass
 class Bench:
     """One case's adapter with its bases, where trials are made and their truth is found.
 
@@ -124,24 +125,16 @@ class Bench:
     are too large on `small`. `directory` is written anew for each trial.
     """
 
-    def __init__(
-        self,
-        case: methods.Case,
-        bases: Mapping[str, nn.Module],
-        source: Path,
-        directory: Path,
-        *,
-        home: str = "float32",
-        small: str = "float16",
-    ) -> None:
-        self.case = case
-        self.home = home
-        self.small = small
-        self.bases = bases
-        self.source = source
-        self.directory = directory
-        self.state = load_file(source / methods.WEIGHTS)
-        self.healthy = methods.merge(bases[home], source)
+    case: methods.Case
+    bases: Mapping[str, nn.Module]
+    source: Path
+    directory: Path
+    home: str = "float32"
+    small: str = "float16"
+
+    def __post_init__(self) -> None:
+        self.state = load_file(self.source / methods.WEIGHTS)
+        self.healthy = methods.merge(self.bases[self.home], self.source)
         self.read = {tensor: self._is_read(tensor) for tensor in floating(self.state)}
 
     def trials(self, places: Iterable[tuple[str, str]] = EVERY_PLACE) -> Iterator[Trial]:

@@ -30,10 +30,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.support.command import alive, children_of, environment, merge_gate, strict_json
+from tests.support.command import alive, children_of, merge_gate, start, strict_json
 
 ADAPTERS = 12
-COMMAND = (sys.executable, "-P", "-m", "merge_gate", "run", "gate.yml", "--device", "cpu")
 VICTIMS = ("parent", "worker", "both")
 GONE_WITHIN_S = 10.0
 
@@ -63,10 +62,7 @@ class Trial:
         self.length_s = time.monotonic() - began
 
     def run(self, kills: int) -> int:
-        print(
-            f"an undisturbed run takes {self.length_s:.1f} s: {sorted(Counter(self.truth.values()).items())}",
-            flush=True,
-        )
+        print(f"an undisturbed run takes {self.length_s:.1f} s: {sorted(Counter(self.truth.values()).items())}")
         for number in range(kills):
             self.kill_once(number)
             if (number + 1) % 25 == 0:
@@ -87,14 +83,7 @@ class Trial:
     def kill_once(self, number: int) -> None:
         victim = self.dice.choice(VICTIMS)
         delay_s = self.dice.uniform(0.001, self.length_s) if number % 3 else self.dice.uniform(0.001, 0.3)
-        process = subprocess.Popen(
-            COMMAND,
-            cwd=self.place,
-            env=environment(TMPDIR=str(self.scratch)),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start("run", "gate.yml", "--device", "cpu", cwd=self.place, TMPDIR=str(self.scratch))
         family = self.strike(process, victim, delay_s)
         where = f"kill {number} ({victim} after {delay_s:.3f} s)"
         try:
@@ -130,21 +119,15 @@ class Trial:
         report = strict_json(path)
         found = verdicts(report)
         self.counts["complete" if report["complete"] else "unfinished"] += 1
-        untrue = {
-            name: verdict
-            for name, verdict in found.items()
-            if verdict not in {self.truth[name], ("error", "not-judged")}
-        }
+        lost = ("error", "not-judged")
+        untrue = {name: verdict for name, verdict in found.items() if verdict not in {self.truth[name], lost}}
         self.check(not untrue, f"{where}: {untrue}")
         self.check(report["complete"] or report["result"] != "pass", f"{where}: an unfinished report says pass")
         if report["complete"]:
-            self.check(
-                set(found) == set(self.truth), f"{where}: a complete report lacks {set(self.truth) - set(found)}"
-            )
-            said = {"pass": 0, "fail": 1, "error": 3}[report["result"]]
-            self.check(
-                code in {said, -signal.SIGKILL}, f"{where}: exit code {code}, the report says {report['result']}"
-            )
+            missing, result = set(self.truth) - set(found), report["result"]
+            self.check(not missing, f"{where}: a complete report lacks {missing}")
+            said = {"pass": 0, "fail": 1, "error": 3}[result]
+            self.check(code in {said, -signal.SIGKILL}, f"{where}: exit code {code}, the report says {result}")
 
     def check(self, is_so: bool, otherwise: str) -> None:
         if not is_so:
