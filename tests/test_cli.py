@@ -295,10 +295,6 @@ def nothing_judged(name: str, place: Path, answer: Answer, before: dict[str, str
     assert not (place / "merge-gate-report").exists()
 
 
-def remove(name: str) -> Callable[[Path], None]:
-    return lambda place: (place / name).unlink()
-
-
 def overwrite(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda place: (place / name).write_bytes(content)
 
@@ -311,7 +307,7 @@ def named_pipe(place: Path) -> None:
 BROKEN_BASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "not-in-the-cache": (nothing, "acme/nowhere"),
     "empty": (lambda place: [file.unlink() for file in (place / "base").iterdir()], "base"),
-    "no-config": (remove("base/config.json"), "config.json"),
+    "no-config": (lambda place: (place / "base/config.json").unlink(), "config.json"),
     "config-not-json": (overwrite("base/config.json", b'{"model_type": '), "config.json"),
     "config-a-list": (overwrite("base/config.json", b"[]"), "config.json"),
     "config-of-no-model": (overwrite("base/config.json", b'{"model_type": "frobnicator"}'), "frobnicator"),

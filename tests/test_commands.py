@@ -36,13 +36,13 @@ from merge_gate.features.ray import feature as run_on_ray
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
 from merge_gate.records.refusals import NotJudged
-from merge_gate.records.report import Sandbox, Shard
+from merge_gate.records.report import Sandbox
 from merge_gate.report.stored.report_files import WORDS, write_report
 from merge_gate.run import flow, groups
 from merge_gate.worker import protocol
 from merge_gate.worker.memory import too_large
 from tests.support.fake_ray import Ray
-from tests.support.reports import FAIL, PASS, adapter, report
+from tests.support.reports import FAIL, PASS
 from tests.support.schemas import report_schema
 from tests.support.tried import tried
 
@@ -324,13 +324,6 @@ REFUSAL = NotJudged(message="no worker merges here", hint="start one")
 
 def report_of(place: Path) -> dict[str, Any]:
     return json.loads((place / "merge-gate-report" / "report.json").read_text())
-
-
-@pytest.mark.usefixtures("worker")
-def test_a_part_of_a_run_says_which_it_is(place: Path) -> None:
-    assert main(["run", "gate.yml", "--shard", "1/2"]) == 3
-    assert (report_of(place)["shard"]["index"], report_of(place)["shard"]["count"]) == (1, 2)
-    assert [one["findings"][0]["message"] for one in report_of(place)["adapters"]] == [REFUSAL.message]
 
 
 @pytest.mark.usefixtures("worker")
@@ -617,24 +610,6 @@ def test_what_broke_since_another_report_is_an_exit_code(place: Path) -> None:
     write_report(FAIL, place / "after")
     assert main(["report", "diff", "before/report.json", "after/report.json"]) == 1
     assert main(["report", "diff", "after/report.json", "after/report.json"]) == 0
-
-
-def test_no_shards_make_no_green_report(place: Path) -> None:
-    (place / "shards").mkdir()
-    assert main(["report", "combine", "shards"]) == 3
-
-
-def test_the_shards_of_a_run_become_its_report(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The report of one that is missing is no verdict, and is written all the same."""
-    marks = {"count": 2, "plan_sha256": "p" * 64, "versions_sha256": "v" * 64, "entries": 2, "bases_from": (0,)}
-    for index, judged in ((1, adapter("first")), (2, adapter("second"))):
-        mark = Shard(index=index, positions=(index - 1,), **marks)
-        write_report(report(judged, shard=mark), place / "shards" / str(index))
-    assert main(["report", "combine", "shards"]) == 0
-    assert [one["name"] for one in report_of(place)["adapters"]] == ["first", "second"]
-    assert "PASS" in capsys.readouterr().out
-    assert main(["report", "combine", "shards/1"]) == 3
-    assert report_of(place)["problems"]
 
 
 def test_a_first_baseline_accepts_each_failure_and_fits_its_schema(

@@ -45,25 +45,17 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert set(in_nav) == written | {"project/changelog.md", "project/contributing.md", "project/security-policy.md"}
 
 
-def test_the_navigation_is_sorted_by_reader() -> None:
+def test_the_navigation_is_sorted_by_reader_and_its_checks_by_blame() -> None:
     sections = [next(iter(entry)) for entry in navigation(PAGES)]
     assert sections[0] == "Home"
     assert sections[-6:] == ["Guides", "Reference", "Checks", "Concepts", "Evidence", "Project"]
-
-
-def test_the_checks_are_in_the_order_of_blame() -> None:
     checks = [page for page in entries(navigation(PAGES)) if page.startswith("checks/")]
     assert checks == [f"checks/{name}.md" for name in ("index", *CHECKS, *WITHOUT_SETTING)]
 
 
-def test_a_page_that_the_order_does_not_name_follows_the_others() -> None:
-    assert in_order(["guides/zebra.md", "index.md", "guides/trainers.md"])[-2:] == [
-        "guides/trainers.md",
-        "guides/zebra.md",
-    ]
-
-
-def test_a_folder_that_the_navigation_does_not_have_is_an_error() -> None:
+def test_other_pages_follow_those_of_the_order_and_no_folder_is_new() -> None:
+    ordered = in_order(["guides/zebra.md", "index.md", "guides/trainers.md"])
+    assert ordered[-2:] == ["guides/trainers.md", "guides/zebra.md"]
     with pytest.raises(SystemExit, match="recipes"):
         in_order(["recipes/one.md"])
 
