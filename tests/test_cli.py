@@ -25,7 +25,7 @@ from merge_gate.cli.dispatch import main
 from merge_gate.cli.parser import parsers
 from merge_gate.demo import make_demo
 from merge_gate.judging.all_checks import refused
-from merge_gate.report.stored.report_files import FORMATS, write_report
+from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.worker.device import has_card
 from merge_gate.worker.protocol import refusal_of
 from tests.support.command import (
@@ -41,7 +41,7 @@ from tests.support.command import (
     strict_json,
     wait_until,
 )
-from tests.support.reports import PASS
+from tests.support.demo_place import configure, readable, tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -70,15 +70,6 @@ def place(demo: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def configure(place: Path, *adapters: Any, **top: Any) -> Path:
-    """JSON is YAML. A bare word names one of the demo's adapters."""
-    entries = [f"./adapters/{one}" if isinstance(one, str) and "/" not in one else one for one in adapters]
-    config = {"version": 1, "base": {"model": "./base"}, "adapters": entries} | top
-    path = place / "gate.yml"
-    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
-    return path
-
-
 def report_of(place: Path) -> dict[str, Any]:
     """The report, held against the schema that the command prints."""
     report = strict_json(place / REPORT)
@@ -89,20 +80,6 @@ def report_of(place: Path) -> dict[str, Any]:
 
 def verdicts(report: dict[str, Any]) -> dict[str, tuple[str, str | None]]:
     return {one["name"]: (one["verdict"], one["cause"]) for one in report["adapters"]}
-
-
-def readable(answer: Answer) -> None:
-    assert "Traceback" not in answer.err + answer.out, answer.said
-    assert "unexpected" not in answer.err, answer.said
-
-
-def tree(*roots: Path) -> dict[str, str]:
-    return {
-        str(path): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "directory"
-        for root in roots
-        for path in sorted(root.rglob("*"))
-        if "merge-gate-report" not in path.parts
-    }
 
 
 # --- the exit codes ------------------------------------------------------------------------------------------------
@@ -182,119 +159,6 @@ def test_without_a_name_the_usual_config_is_read(
     assert texts[0] == texts[1] != ""
 
 
-def nothing(_: Path) -> None:
-    """The command line alone does it."""
-
-
-USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
-    "no-command": (nothing, (), "check"),
-    "command-left-out": (nothing, ("adapters/good",), "`merge-gate run adapters/good`"),
-    "command-left-out-of-a-file": (nothing, ("gone.yml", "--refresh"), "`merge-gate run gone.yml`"),
-    "command-left-out-in-its-directory": (nothing, ("adapters",), "`merge-gate run adapters`"),
-    "command-left-out-of-a-hostile-name": (nothing, ("\x1b[31m\n::error::x/",), "`merge-gate run '"),
-    "near-a-command": (nothing, ("chek", "gate.yml"), '"check"'),
-    "near-no-command": (nothing, ("zzz",), '"zzz"'),
-    "near-an-option": (nothing, ("--verison",), '"--version"'),
-    "no-default-config": (nothing, ("run", "--refresh"), "merge-gate.yml"),
-    "an-abbreviation": (nothing, ("run", "gate.yml", "--refres"), '"--refresh"'),
-    "report-without-a-command": (nothing, ("report", "out/report.json"), "`merge-gate report show out/report.json`"),
-    "two-reports-without-a-command": (nothing, ("report", "a/", "b/"), "`merge-gate report diff a/ b/`"),
-    "report-with-another-command": (nothing, ("report", "shwo"), '"show"'),
-    "report-alone": (nothing, ("report",), "report show"),
-    "near-no-option": (nothing, ("-q",), '"-q"'),
-    "near-an-option-of-run": (nothing, ("run", "gate.yml", "--ouptut=x"), '"--output"'),
-    "empty-dtype": (nothing, ("run", "adapters/good", "--dtype", " "), "--dtype"),
-    "empty-name": (nothing, ("check", ""), "CONFIG|ADAPTER"),
-    "option-of-run": (nothing, ("check", "adapters/good", "--dtype", "float16"), '"--dtype"'),
-    "gone-rebuild": (nothing, ("rebuild", "merged/good", "--output", "again"), "`merge-gate verify`"),
-    "gone-keys": (nothing, ("attest", "out", "--key", "key.pem"), "`cosign attest-blob`"),
-    "list-with-a-blank": (nothing, ("run", "adapters/good", "--dtype", "float16,", "float32"), '"float32"'),
-    "bad-device-index": (nothing, ("run", "gate.yml", "--device", "cuda:x"), "cuda:x"),
-    "unknown-schema": (nothing, ("schema", "verdict"), "verdict"),
-    "unknown-only-near-one": (nothing, ("run", "gate.yml", "--only", "goood"), '"good"'),
-    "unknown-only-near-none": (nothing, ("run", "gate.yml", "--only", "zzz"), "good"),
-    "several-only": (nothing, ("run", "gate.yml", "--only", "good,good"), "--only good --only good"),
-    "unknown-only-of-check": (nothing, ("check", "gate.yml", "--only", "goood"), "--only goood"),
-    "empty-list-of-check": (configure, ("check", "gate.yml"), "gate.yml:1:"),
-    "empty-glob": (lambda place: configure(place, "./adapters/team-*"), ("run", "gate.yml"), "team-*"),
-    "config-in-no-directory": (nothing, ("run", "gone/gate.yml"), "gone"),
-    "config-a-directory": (nothing, ("run", "adapters"), "directory"),
-    "config-binary": (lambda place: (place / "gate.yml").write_bytes(bytes(range(256))), ("run", "gate.yml"), "UTF-8"),
-    "config-empty": (lambda place: (place / "gate.yml").write_bytes(b""), ("run", "gate.yml"), "gate.yml:1:1"),
-    "config-deep": (lambda place: (place / "gate.yml").write_text("[" * 9000), ("run", "gate.yml"), "gate.yml"),
-    "config-a-device": (nothing, ("run", "/dev/zero"), "larger than"),
-    "config-with-hostile-name": (nothing, ("run", "\x1b[31m\n::error::x\udcff.yml"), ".yml"),
-    "config-a-broken-link": (lambda place: (place / "dangling.yml").symlink_to("gone.yml"), ("run", "dangling.yml"),
-                             '"gone.yml"'),
-    "adapter-a-broken-link": (lambda place: (place / "dangling").symlink_to("gone"), ("run", "dangling/"), '"gone"'),
-    "a-report": (lambda place: write_report(PASS, place / "out"), ("run", "out/report.json", "--output", "out"),
-                 '"out/report.json"'),
-    "output-below-a-file": (nothing, ("run", "gate.yml", "--output", "gate.yml/out"), "gate.yml/out"),
-    "output-not-writable": (nothing, ("run", "gate.yml", "--output", "/proc/out"), "/proc/out"),
-    "output-nameless": (nothing, ("run", "gate.yml", "--output", "x" * 300), "x" * 20),
-    "demo-a-file": (nothing, ("demo", "gate.yml"), "gate.yml"),
-}  # fmt: skip
-USAGE_BY_PROCESS = ("no-command", "config-with-hostile-name", "unknown-only-near-one", "output-not-writable")
-"""Those that are tried with the real command too."""
-
-
-WORDED = {
-    "command-left-out", "near-a-command", "near-no-command", "near-no-option", "no-default-config",
-    "report-with-another-command", "option-of-run", "gone-rebuild", "gone-keys", "list-with-a-blank",
-    "unknown-only-near-none", "several-only", "config-a-broken-link", "a-report",
-}  # fmt: skip
-"""The other sentences are in the goldens of configurations, of the output directory, and of users' mistakes."""
-
-
-@pytest.mark.parametrize("name", USAGE)
-def test_2_when_there_is_nothing_to_judge(
-    name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
-    """In this process, which takes a hundredth of the time that a command takes to start."""
-    arrange, words, _ = USAGE[name]
-    before = arranged(place, arrange)
-    kept = environment()
-    for variable in os.environ.keys() - kept.keys():
-        monkeypatch.delenv(variable)
-    for variable, value in kept.items():
-        monkeypatch.setenv(variable, value)
-    monkeypatch.chdir(place)
-    try:
-        code = main(list(words))
-    except SystemExit as left:
-        code = int(str(left.code))
-    said = capsys.readouterr()
-    nothing_judged(name, place, Answer(code, said.out, said.err), before)
-    if name in WORDED:
-        wording(said.err.rpartition("error: ")[2])
-
-
-@pytest.mark.parametrize("name", USAGE_BY_PROCESS)
-def test_2_is_the_exit_code_of_the_process(name: str, place: Path) -> None:
-    arrange, words, _ = USAGE[name]
-    before = arranged(place, arrange)
-    nothing_judged(name, place, merge_gate(*words, cwd=place), before)
-
-
-def arranged(place: Path, arrange: Callable[[Path], object]) -> dict[str, str]:
-    """Write a config of a good adapter, change what `arrange` changes, and return the digests of all files."""
-    configure(place, "good")
-    arrange(place)
-    return tree(place)
-
-
-def nothing_judged(name: str, place: Path, answer: Answer, before: dict[str, str]) -> None:
-    _, _, names = USAGE[name]
-    assert answer.code == 2, answer.said
-    readable(answer)
-    assert answer.out == ""
-    assert names in answer.err
-    assert "\x1b" not in answer.err
-    assert not any(line.startswith("::") for line in answer.err.splitlines()), answer.err
-    assert tree(place) == before
-    assert not (place / "merge-gate-report").exists()
-
-
 def overwrite(name: str, content: bytes) -> Callable[[Path], object]:
     return lambda place: (place / name).write_bytes(content)
 
@@ -305,7 +169,7 @@ def named_pipe(place: Path) -> None:
 
 
 BROKEN_BASES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "not-in-the-cache": (nothing, "acme/nowhere"),
+    "not-in-the-cache": (lambda _: None, "acme/nowhere"),
     "empty": (lambda place: [file.unlink() for file in (place / "base").iterdir()], "base"),
     "no-config": (lambda place: (place / "base/config.json").unlink(), "config.json"),
     "config-not-json": (overwrite("base/config.json", b'{"model_type": '), "config.json"),

@@ -219,38 +219,6 @@ def test_problems_without_end_are_counted(place: Path, capsys: pytest.CaptureFix
 
 # --- run -----------------------------------------------------------------------------------------------------------
 
-CONTRADICTIONS = {
-    "a base for a file": (("gate.yml", "--base", "./base"), ("--base",)),
-    "a severity for a file": (("gate.yml", "--set", "no-effect=off"), ("--set",)),
-    "pickles for a file": (("gate.yml", "--allow-pickle"), ("--allow-pickle",)),
-    "no severity": (("one", "--set", "no-effect"), ("no-effect",)),
-    "a limit that is no number": (("one", "--set", "headroom=error:much"), ("headroom=error:much",)),
-    "two severities of one check": (("one", "--set", "no-effect=off", "--set", "no-effect=on"), ("no-effect",)),
-    "nothing expected": (("one", "--expect", "r="), ("'r='",)),
-    "a file for a container": (("one", "--container"), ("--container",)),
-    "Ray in a container": (("gate.yml", "--container", "--ray", "auto"), ("--ray",)),
-    "an image without a container": (("gate.yml", "--image", "x:y"), ("--image", "--container")),
-    "GPUs without a container": (("gate.yml", "--gpus", "0"), ("--gpus", "--container")),
-    "Ray and a shard": (("gate.yml", "--ray", "auto", "--shard", "1/2"), ("--ray", "--shard")),
-    "a part that is none": (("gate.yml", "--shard", "0/2"), ("'0/2'",)),
-    "more parts than there are": (("gate.yml", "--shard", "3/2"), ("3/2",)),
-}
-
-
-@pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_what_cannot_be_had_together_is_wrong_usage(
-    name: str, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
-    words, names = CONTRADICTIONS[name]
-    try:
-        code = main(["run", *words])
-    except SystemExit as left:
-        code = int(str(left.code))
-    assert code == 2
-    said = capsys.readouterr().err
-    assert all(named in said for named in names), said
-    wording(said.rpartition("error: ")[2])
-
 
 @pytest.fixture
 def container(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[ContainerRun]:
