@@ -449,40 +449,6 @@ def test_a_mistake_with_a_copy_touches_nothing(words: tuple[str, ...], place: Pa
     assert before == {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
-REFUSED_COPIES = {
-    "not a format": ("yaml=x", "yaml=x"),
-    "no file": ("json=", "json="),
-    "another tool's file": ("junit=other.xml", "other.xml"),
-    "another format's file": ("html=old/report.json", "report.json"),
-    "a link": ("json=link.json", "link.json"),
-    "a directory": ("json=one", "one"),
-    "a file of the output directory": ("html=merge-gate-report/junit.xml", "junit.xml"),
-    "below a file": ("html=other.xml/page.html", "other.xml"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED_COPIES)
-def test_a_copy_replaces_nothing_that_the_gate_did_not_write(
-    name: str, place: Path, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
-    word, named = REFUSED_COPIES[name]
-    (place / "other.xml").write_text("<testsuites/>")
-    write_report(PASS, place / "old")
-    (place / "link.json").symlink_to("old/report.json")
-    with contextlib.suppress(SystemExit):
-        assert main(["run", "gate.yml", "--report", word]) == 2
-    said = capsys.readouterr().err
-    assert named in said
-    wording(said.rpartition("error: ")[2])
-    assert (place / "other.xml").read_text() == "<testsuites/>"
-    assert (place / "old" / "report.json").exists()
-
-
-def test_two_copies_have_two_places(capsys: pytest.CaptureFixture[str], wording: Wording) -> None:
-    assert main(["check", "one", "--report", "json=-", "--report", "sarif=-"]) == 2
-    wording(capsys.readouterr().err)
-
-
 def test_a_check_has_a_report_that_claims_no_merge(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lay_base(place)
     copies = [f"--report={word}=check.{word}" for word in WORDS if word != "json"]

@@ -41,6 +41,13 @@ def nothing(_: Path) -> None:
     """The command line alone does it."""
 
 
+def reports(place: Path) -> None:
+    """A report, a link to it, and another tool's file."""
+    (place / "other.xml").write_text("<testsuites/>")
+    write_report(PASS, place / "old")
+    (place / "link.json").symlink_to("old/report.json")
+
+
 USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "no-command": (nothing, (), "check"),
     "command-left-out": (nothing, ("adapters/good",), "`merge-gate run adapters/good`"),
@@ -88,6 +95,16 @@ USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "output-not-writable": (nothing, ("run", "gate.yml", "--output", "/proc/out"), "/proc/out"),
     "output-nameless": (nothing, ("run", "gate.yml", "--output", "x" * 300), "x" * 20),
     "demo-a-file": (nothing, ("demo", "gate.yml"), "gate.yml"),
+    # copies of the report, which replace nothing that the gate did not write
+    "not a format": (reports, ("run", "gate.yml", "--report", "yaml=x"), "yaml=x"),
+    "no file": (reports, ("run", "gate.yml", "--report", "json="), "json="),
+    "another tool's file": (reports, ("run", "gate.yml", "--report", "junit=other.xml"), "other.xml"),
+    "another format's file": (reports, ("run", "gate.yml", "--report", "html=old/report.json"), "report.json"),
+    "a link": (reports, ("run", "gate.yml", "--report", "json=link.json"), "link.json"),
+    "a directory": (reports, ("run", "gate.yml", "--report", "json=adapters"), "adapters"),
+    "a file of the output": (reports, ("run", "gate.yml", "--report", "html=merge-gate-report/junit.xml"), "junit.xml"),
+    "below a file": (reports, ("run", "gate.yml", "--report", "html=other.xml/page.html"), "other.xml"),
+    "one place twice": (nothing, ("check", "adapters/good", "--report", "json=-", "--report", "sarif=-"), '"-"'),
     # what cannot be had together
     "a base for a file": (nothing, ("run", "gate.yml", "--base", "./base"), "--base"),
     "a severity for a file": (nothing, ("run", "gate.yml", "--set", "no-effect=off"), "--set"),
@@ -95,8 +112,8 @@ USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "no severity": (nothing, ("run", "adapters/good", "--set", "no-effect"), "no-effect"),
     "a limit that is no number": (nothing, ("run", "adapters/good", "--set", "headroom=error:much"),
                                   "headroom=error:much"),
-    "two severities of one check": (nothing, ("run", "adapters/good", "--set", "no-effect=off", "--set", "no-effect=on"),
-                                    "no-effect"),
+    "two severities of one check":
+        (nothing, ("run", "adapters/good", "--set", "no-effect=off", "--set", "no-effect=on"), "no-effect"),
     "nothing expected": (nothing, ("run", "adapters/good", "--expect", "r="), "'r='"),
     "a file for a container": (nothing, ("run", "adapters/good", "--container"), "--container"),
     "Ray in a container": (nothing, ("run", "gate.yml", "--container", "--ray", "auto"), "--ray"),
@@ -114,6 +131,8 @@ WORDED = {
     "command-left-out", "near-a-command", "near-no-command", "near-no-option", "no-default-config",
     "report-with-another-command", "option-of-run", "gone-rebuild", "gone-keys", "list-with-a-blank",
     "unknown-only-near-none", "several-only", "config-a-broken-link", "a-report",
+    "not a format", "no file", "another tool's file", "another format's file", "a link", "a directory",
+    "a file of the output", "below a file", "one place twice",
     "a base for a file", "a severity for a file", "pickles for a file", "no severity",
     "a limit that is no number", "two severities of one check", "nothing expected", "a file for a container",
     "Ray in a container", "an image without a container", "GPUs without a container", "Ray and a shard",
