@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from transformers.utils import logging
@@ -40,12 +39,8 @@ NO_CARD = (
 _PROBE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One line of the table."""
-
-    cells: Sequence[str]
-    is_right: bool
+Row = tuple[Sequence[str], bool]
+"""One line of the table, and whether it is right."""
 
 
 def main() -> int:
@@ -66,13 +61,13 @@ def main() -> int:
         _show(("fleet", "adapters", "verdicts", "findings", "coverage", "figures", "bits", "s"))
         for fleet in arguments.fleets:
             rows.append(_fleet(fleet, Path(work), arguments.sample, card))
-            _show(rows[-1].cells)
+            _show(rows[-1][0])
         if arguments.benchmarks:
             _show(("benchmark", "gate, s", "script, s", "gate / script"))
             for row in _benchmarks(Path(work), arguments.size, card):
                 rows.append(row)
-                _show(row.cells)
-    wrong = sum(not row.is_right for row in rows)
+                _show(row[0])
+    wrong = sum(not is_right for _, is_right in rows)
     print(f"{wrong} of {len(rows)} rows are wrong" if wrong else f"all {len(rows)} rows are right")
     if arguments.simulated:
         print(NO_CARD)
@@ -110,7 +105,7 @@ def _fleet(name: str, work: Path, sample: str, card: Device) -> Row:
         print(f"  {difference}")
     counts = [str(outcome.count(kind)) for kind in ("verdict", "finding", "coverage", "figure", "bits")]
     seconds = f"{time.monotonic() - began_s:.0f}"
-    return Row(cells=(name, str(outcome.adapters), *counts, seconds), is_right=not outcome.differences)
+    return (name, str(outcome.adapters), *counts, seconds), not outcome.differences
 
 
 def _benchmarks(work: Path, size: str, card: Device) -> Iterator[Row]:
@@ -122,7 +117,7 @@ def _benchmarks(work: Path, size: str, card: Device) -> Iterator[Row]:
     for name, figures in json.loads((folder / "results.json").read_text(encoding="utf-8")).items():
         gate_s, script_s = (figures[program]["wall_s"] for program in ("gate", "script"))
         cells = (name, f"{gate_s:.1f}", f"{script_s:.1f}", f"{gate_s / script_s:.2f}")
-        yield Row(cells=cells, is_right=gate_s <= SLOWER * script_s)
+        yield cells, gate_s <= SLOWER * script_s
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -32,18 +31,6 @@ NOT_PROSE = re.compile(
     r"|^---\n.*?^---$",  # front matter
     re.MULTILINE | re.DOTALL,
 )
-
-
-@dataclass(frozen=True)
-class Prose:
-    """The sentences of one file."""
-
-    path: str
-    sentences: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.sentences)
 
 
 def sentences(text: str) -> Iterator[str]:
@@ -85,7 +72,8 @@ def prose_of_action(source: str) -> Iterator[str]:
             pending.extend(value.values())
 
 
-def prose_of(path: Path) -> Prose:
+def prose_of(path: Path) -> list[str]:
+    """The sentences of one file."""
     source = path.read_text(encoding="utf-8")
     match path.suffix:
         case ".py":
@@ -94,28 +82,22 @@ def prose_of(path: Path) -> Prose:
             texts = list(prose_of_action(source))
         case _:
             texts = [source]
-    return Prose(str(path.relative_to(ROOT)), tuple(one for text in texts for one in sentences(text)))
+    return [one for text in texts for one in sentences(text)]
 
 
-def files() -> list[Path]:
-    patterns = ("*.md", "docs/**/*.md", "action.yml", "src/merge_gate/**/*.py", "recipes/*.py", "entrypoint.py")
-    found = (path for pattern in patterns for path in ROOT.glob(pattern))
-    return sorted(found)
-
-
-def problems(prose: Prose) -> list[str]:
+def problems(prose: list[str]) -> list[str]:
     """What breaks a rule in one file, spelling excepted."""
     found = []
     for rule in RULES["banned"]:
         banned = re.compile(rf"\b(?:{rule['words']})\b", re.IGNORECASE)
-        matches = ((banned.search(sentence), sentence) for sentence in prose.sentences)
+        matches = ((banned.search(sentence), sentence) for sentence in prose)
         found += [f"{match[0]!r}: write {rule['instead']}: {sentence}" for match, sentence in matches if match]
     limits = RULES["limits"]
-    words = sum(len(sentence.split()) for sentence in prose.sentences)
-    where = len(re.findall(r"\bwhere\b", prose.text, re.IGNORECASE))
+    words = sum(len(sentence.split()) for sentence in prose)
+    where = len(re.findall(r"\bwhere\b", "\n".join(prose), re.IGNORECASE))
     if where > limits["where-at-least"] and where > words * limits["where-per-1000-words"] / 1000:
         found.append(f"'where' {where} times in {words} words: use 'if' or 'when' for a condition")
-    lengths = [(len(sentence.split()), sentence) for sentence in prose.sentences]
+    lengths = [(len(sentence.split()), sentence) for sentence in prose]
     found += [f"a sentence of {count} words: {one}" for count, one in lengths if count > limits["longest-sentence"]]
     long = [one for count, one in lengths if count > limits["long-sentence"]]
     if len(long) > max(1, len(lengths) * limits["long-sentences-percent"] / 100):
@@ -123,22 +105,24 @@ def problems(prose: Prose) -> list[str]:
     return found
 
 
-def misspelled(files_prose: list[Prose]) -> Iterator[str]:
+def misspelled(every: dict[str, list[str]]) -> Iterator[str]:
     """What codespell would write in American English."""
     with tempfile.TemporaryDirectory() as folder:
-        for number, prose in enumerate(files_prose):
-            Path(folder, f"{number}.txt").write_text(prose.text, encoding="utf-8")
+        for number, prose in enumerate(every.values()):
+            Path(folder, f"{number}.txt").write_text("\n".join(prose), encoding="utf-8")
         command = [sys.executable, "-m", "codespell_lib", "--builtin", DICTIONARIES, folder]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if match := re.fullmatch(r".*/(\d+)\.txt:\d+: (.*)", line):
-            yield f"{files_prose[int(match[1])].path}: {match[2]}"
+            yield f"{list(every)[int(match[1])]}: {match[2]}"
 
 
 def main() -> None:
     """Print one line for each place."""
-    every = [prose_of(path) for path in files()]
-    places = [f"{prose.path}: {problem}" for prose in every for problem in problems(prose)]
+    patterns = ("*.md", "docs/**/*.md", "action.yml", "src/merge_gate/**/*.py", "recipes/*.py", "entrypoint.py")
+    files = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
+    every = {str(path.relative_to(ROOT)): prose_of(path) for path in files}
+    places = [f"{path}: {problem}" for path, prose in every.items() for problem in problems(prose)]
     for place in (*places, *misspelled(every)):
         print(place)
     print(f"prose: {len(every)} files read")
