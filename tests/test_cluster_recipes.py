@@ -67,16 +67,11 @@ def test_each_mount_has_its_volume_and_outputs_are_mounted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_secrets_are_named_and_not_written_down(name: str) -> None:
+def test_the_command_is_one_of_this_version_and_secrets_are_named(name: str) -> None:
     _, container = PODS[name]
     (token,) = container["env"]
     assert token["valueFrom"]["secretKeyRef"] == {"name": "merge-gate-hub", "key": "token", "optional": True}
     assert container["envFrom"] == [{"secretRef": {"name": "merge-gate-network", "optional": True}}]
-
-
-@pytest.mark.parametrize("name", PODS)
-def test_the_command_is_one_of_this_version(name: str) -> None:
-    _, container = PODS[name]
     given = parsers()[0].parse_args(container["args"])
     assert (given.command, given.access) == ("run", "stream")
     assert container.get("command", ENTRYPOINT) == ENTRYPOINT

@@ -34,16 +34,12 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("kind", RECORDS, ids=lambda kind: kind.__name__)
-def test_a_record_is_frozen_slotted_and_keyword_only(kind: type) -> None:
+def test_a_record_is_frozen_slotted_and_keyword_only_and_shares_no_default(kind: type) -> None:
     parameters = kind.__dataclass_params__
     assert parameters.frozen
     assert "__slots__" in vars(kind)
-    assert all(field.kw_only for field in dataclasses.fields(kind))
-
-
-@pytest.mark.parametrize("kind", RECORDS, ids=lambda kind: kind.__name__)
-def test_a_records_defaults_cannot_be_shared_by_accident(kind: type) -> None:
     for field in dataclasses.fields(kind):
+        assert field.kw_only
         assert field.default_factory is dataclasses.MISSING, field.name
         if field.default is not dataclasses.MISSING:
             hash(field.default)
