@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig
 
-from benchmarks.peft_configurations import Outcome, hold, one_nan, read
+from benchmarks.peft_configurations import Configuration, Outcome, hold, one_nan, read
 from tests.support import methods
 from tests.support.gating import Gate, Judgement, one_thread
 
@@ -69,11 +69,8 @@ ALL_CONFIGS = [(LoraConfig, {"task_type": "SEQ_CLS", "target_modules": None, "bi
     "test_target_parameters": """
 from peft import LoraConfig
 ALL_CONFIGS = [
-    (
-        "hub/tiny-GptOssForCausalLM",
-        LoraConfig,
-        {"task_type": "CAUSAL_LM", "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
-    ),
+    ("hub/tiny-GptOssForCausalLM", LoraConfig,
+     {"task_type": "CAUSAL_LM", "target_modules": [], "target_parameters": ["mlp.experts.down_proj"]}),
 ]
 """,
     "test_token_classification_qa": """
@@ -95,14 +92,17 @@ WRONG_MERGE = "kernel"
 """PEFT merges it, and the merged model does not compute what the unmerged one does (docs/reference/methods.md)."""
 
 
+def laid_out(place: Path) -> list[Configuration]:
+    for module, text in TABLES.items():
+        (place / f"{module}.py").write_text(text, encoding="utf-8")
+    return read(place)
+
+
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    tests = tmp_path_factory.mktemp("tests")
-    for module, text in TABLES.items():
-        (tests / f"{module}.py").write_text(text, encoding="utf-8")
     held = {}
     with one_thread():
-        for number, one in enumerate(read(tests)):
+        for number, one in enumerate(laid_out(tmp_path_factory.mktemp("tests"))):
             work = tmp_path_factory.mktemp(f"work{number}")
             held[one.name] = hold(one, "bfloat16" if number % 3 else "float32", Gate(), work)
     return held
@@ -139,9 +139,7 @@ class GateOfAnother(Gate):
 
 
 def test_a_merge_to_other_bits_is_seen(tmp_path: Path) -> None:
-    for module, text in TABLES.items():
-        (tmp_path / f"{module}.py").write_text(text, encoding="utf-8")
-    one = next(one for one in read(tmp_path) if one.kind is LoraConfig and "decoder_models: 0" in one.name)
+    one = next(one for one in laid_out(tmp_path) if one.kind is LoraConfig and "decoder_models: 0" in one.name)
     with one_thread():
         outcome = hold(one, "float32", GateOfAnother(), tmp_path / "work")
     assert outcome.wrong == ("bits of 1 tensors: transformer.h.1.attn.c_attn.weight",)
