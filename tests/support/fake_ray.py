@@ -5,6 +5,7 @@ In: the resources of nodes, and what is to go wrong. Out: what was asked for.
 
 from __future__ import annotations
 
+import signal
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -26,12 +27,24 @@ class Ray:
     def __init__(self, *nodes: dict[str, float]) -> None:
         self.resources = list(nodes or TWO_WORKERS)
         self.asked: dict[str, Any] = {}
+        self.refusal: Exception | None = None
+        self.is_up = False
         self.shards: list[tuple[int, int]] = []
         self.cancelled = 0
         self.run: Callable[..., Iterator[list[Any]]] = run_shard
         self.changes: Callable[[Any], Any] = lambda work: work
         self.loses: Callable[[tuple[int, int], list[Any]], bool] = lambda shard, batch: False
         self.is_silent: Callable[[], bool] = lambda: False
+
+    def init(self, **options: Any) -> None:
+        self.asked |= options
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray has its own
+        if self.refusal is not None:
+            raise self.refusal
+        self.is_up = True
+
+    def shutdown(self) -> None:
+        self.is_up = False
 
     def nodes(self) -> list[dict[str, Any]]:
         dead = {"Alive": False, "Resources": {"CPU": 64.0, "GPU": 8.0}}

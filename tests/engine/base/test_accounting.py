@@ -31,7 +31,6 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 
 O_PROJ = "model.layers.1.self_attn.o_proj"
 LLAMA = ModelClass(class_name="LlamaForCausalLM")
-WEIGHTS = "model.safetensors"
 
 
 def changed(shelf: Shelf, root: Path, tensors: Tensors, base: str = "llama") -> Path:

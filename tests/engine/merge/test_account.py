@@ -251,6 +251,17 @@ def test_a_write_in_the_merge_of_a_layer_stays_in_its_adapter(dtype: str, bench:
     assert judged(bench, case, dtype).evidence.merges == healthy.evidence.merges
 
 
+def test_a_write_whose_error_peft_ignores_is_found(bench: Bench) -> None:
+    def apply(model: nn.Module) -> set[str]:
+        with contextlib.suppress(Exception):
+            cast("Any", model).model.norm.weight.data.mul_(1.1)
+        return {"model.norm.weight"}
+
+    with changed(apply, "after") as names:
+        judgement = judged(bench, BY_METHOD["lora"], "float32")
+    assert_differs(judgement, names, "ignored")
+
+
 @pytest.mark.parametrize("dtype", methods.DTYPES)
 def test_a_write_into_what_a_merge_has_left_is_found(dtype: str, bench: Bench) -> None:
     """The initialization of PiSSA has rewritten the weight, so its merge is not put back."""

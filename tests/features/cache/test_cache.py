@@ -7,9 +7,7 @@ import html
 import json
 import os
 import shutil
-import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -22,8 +20,9 @@ from merge_gate.report.formats.json_report import read, render
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.run.flow import run_gate
 from merge_gate.run.view import View
-from tests.support.command import PATIENCE_S, merge_gate, start, wait_until
+from tests.support.command import PATIENCE_S, merge_gate, start
 from tests.support.faults import poison
+from tests.support.fleet_commands import kill_in_the_middle, stored
 from tests.support.small_fleet import BROKEN, same
 
 FILES_ALONE = {"float16-base-0"}
@@ -36,10 +35,6 @@ def copy(fleet: Path, tmp_path: Path) -> Path:
     """The fleet for a test that changes something; files keep their times, and have other inodes."""
     shutil.copytree(fleet, tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def stored(directory: Path) -> Report:
-    return read((directory / "report.json").read_bytes(), str(directory))
 
 
 def cached(report: Report) -> set[str]:
@@ -291,33 +286,14 @@ def test_two_runs_with_refresh_share_a_directory(copy: Path) -> None:
 # --- killed --------------------------------------------------------------------------------------------------------
 
 
-def provisional(directory: Path) -> Any:
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((directory / "report.json").read_bytes())
-    return None
-
-
 KILLED = ("fleet.yml", "--output", "killed", "--cache", "killed-cache")
-
-
-def kill_after(place: Path, count: int) -> None:
-    """Start a run, and kill it once so many entries have been judged in it."""
-    process = start("run", *KILLED, cwd=place)
-
-    def enough() -> bool:
-        report = provisional(place / "killed")
-        return report is not None and sum(one["judged"] is not None for one in report["adapters"]) >= count
-
-    wait_until(enough, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 @pytest.mark.slow
 def test_killed_twice_with_a_cache_is_the_whole_run(fleet: Path) -> None:
-    kill_after(fleet, 3)
-    assert provisional(fleet / "killed")["complete"] is False
-    kill_after(fleet, 6)
+    for count in (4, 7):
+        kill_in_the_middle(start("run", *KILLED, cwd=fleet), fleet / "killed" / "report.json", count)
+        assert not stored(fleet / "killed").complete
     answer = merge_gate("run", *KILLED, cwd=fleet)
     assert answer.code == 1, answer.said
     report = stored(fleet / "killed")

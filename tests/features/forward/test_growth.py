@@ -17,6 +17,7 @@ import transformers
 from merge_gate.engine.adapter_evidence import merge, merge_together
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.records.measured import Forward, MeasureOptions
+from tests.support import methods
 from tests.support.engine.local_bases import base_for, edited_base, load_base, load_local
 from tests.support.engine.merges import request_for
 from tests.support.models import ALL_LINEAR, Shelf, Tensors, make_adapter, read_tensors, save_adapter, write_tensors
@@ -261,28 +262,16 @@ def mamba() -> Any:
     return transformers.MambaModel(transformers.MambaConfig(**sizes))
 
 
-def resnet() -> Any:
-    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
-    return transformers.ResNetModel(config)
-
-
-def wav2vec2() -> Any:
-    config = transformers.Wav2Vec2Config(
-        **SIZES, vocab_size=24, conv_dim=(8, 8), conv_kernel=(3, 3), conv_stride=(2, 2), num_conv_pos_embeddings=4,
-        num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
-    return transformers.Wav2Vec2Model(config)
-
-
-def erased(weight: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(weight)
-
-
 TRAINED: dict[str, tuple[Callable[[], Any], list[str], str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "the exponential of a temperature": (clip, ["q_proj"], "logit_scale", lambda one: one + 90),
     "the exponential of a decay": (mamba, ["in_proj"], "layers.0.mixer.A_log", lambda one: one + 90),
-    "a negative variance": (resnet, ["convolution"], "embedder.embedder.normalization.running_var", torch.neg),
-    "a weight norm of zero": (wav2vec2, ["q_proj"], "pos_conv_embed.conv.parametrizations.weight.original1", erased),
+    "a negative variance": (methods.BASES["resnet"], ["convolution"], "embedder.normalization.running_var", torch.neg),
+    "a weight norm of zero": (
+        methods.BASES["wav2vec2"],
+        ["q_proj"],
+        "parametrizations.weight.original1",
+        torch.zeros_like,
+    ),
 }
 """A base, the targets of a LoRA, the end of the name of a tensor that its file has too, and the values there."""
 

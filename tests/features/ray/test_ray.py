@@ -17,16 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.records.report import Report
-from merge_gate.report.formats.json_report import read
 from tests.support.command import COMMAND, PATIENCE_S, environment, merge_gate, wait_until
+from tests.support.fleet_commands import stored
 from tests.support.small_fleet import same
 
 NO_AUTH = {"RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
-
-
-def stored(directory: Path) -> Report:
-    return read((directory / "report.json").read_bytes(), str(directory))
 
 
 @contextlib.contextmanager

@@ -14,8 +14,6 @@ import tomllib
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from types import ModuleType
-from typing import Any, cast
 
 import pytest
 from ray import exceptions
@@ -25,27 +23,10 @@ from merge_gate.features.ray import feature as run_on_ray
 from merge_gate.features.ray.declared import LOCAL, configured
 from merge_gate.features.ray.feature import cluster, first_line
 from merge_gate.records.config import Config
+from tests.support.fake_ray import Ray
 from tests.support.wording import Wording
 
 ROOT = Path(__file__).parents[3]
-
-
-class Ray:
-    """What connecting uses of Ray."""
-
-    def __init__(self, **answers: Any) -> None:
-        self.answers, self.asked = answers, dict[str, Any]()
-        self.is_up = False
-
-    def init(self, **options: Any) -> None:
-        self.asked |= options
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as Ray has its own
-        if "refusal" in self.answers:
-            raise self.answers["refusal"]
-        self.is_up = True
-
-    def shutdown(self) -> None:
-        self.is_up = False
 
 
 @pytest.fixture(autouse=True)
@@ -71,6 +52,14 @@ def test_what_is_lost_says_why_in_a_line(error: Exception, said: str) -> None:
 
 
 @pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
+    """Stands for the module."""
+    stand_in = Ray()
+    monkeypatch.setitem(sys.modules, "ray", stand_in)
+    return stand_in
+
+
+@pytest.fixture
 def listening() -> Iterator[str]:
     """An address at which something listens."""
     with closing(socket.create_server(("127.0.0.1", 0))) as server:
@@ -80,9 +69,7 @@ def listening() -> Iterator[str]:
 # --- how it is reached -----------------------------------------------------------------------------------------------
 
 
-def test_a_cluster_of_this_machine_is_for_this_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    ray = Ray()
-    monkeypatch.setitem(sys.modules, "ray", cast("ModuleType", ray))
+def test_a_cluster_of_this_machine_is_for_this_run_alone(ray: Ray) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     with cluster(LOCAL, object_store_bytes=7):
         place = Path(ray.asked["_temp_dir"])
@@ -100,10 +87,9 @@ def test_a_cluster_of_this_machine_is_for_this_run_alone(monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("is_auto", [True, False])
 def test_a_cluster_that_is_there_is_only_connected_to(
-    is_auto: bool, listening: str, monkeypatch: pytest.MonkeyPatch
+    is_auto: bool, listening: str, ray: Ray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ray, address = Ray(), "auto" if is_auto else listening
-    monkeypatch.setitem(sys.modules, "ray", cast("ModuleType", ray))
+    address = "auto" if is_auto else listening
     monkeypatch.setattr(sys, "executable", "/bin/false" if is_auto else "/bin/true")  # Ray finds its own
     with cluster(address):
         assert ray.is_up
@@ -117,11 +103,8 @@ def test_a_cluster_that_is_there_is_only_connected_to(
     ("address", "refusal"),
     [(LOCAL, ValueError("\n too little memory\nmore")), (LOCAL, OSError()), ("auto", ConnectionError("none found"))],
 )
-def test_a_cluster_that_cannot_be_is_said(
-    address: str, refusal: Exception, wording: Wording, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ray = Ray(refusal=refusal)
-    monkeypatch.setitem(sys.modules, "ray", cast("ModuleType", ray))
+def test_a_cluster_that_cannot_be_is_said(address: str, refusal: Exception, wording: Wording, ray: Ray) -> None:
+    ray.refusal = refusal
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(GateError) as caught, cluster(address):
         pytest.fail("there is none")

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from merge_gate.features.shards.combined import combined, reports_in
-from merge_gate.records.report import Report
 from merge_gate.records.terms import Result
-from merge_gate.report.formats.json_report import read
 from merge_gate.report.stored.report_files import FORMATS
 from tests.support.command import merge_gate
+from tests.support.fleet_commands import stored
 from tests.support.models import Shelf
 from tests.support.small_fleet import BROKEN, same
 
@@ -29,10 +28,6 @@ def parts(fleet: Path) -> Path:
         )
         assert answer.code in {0, 1}, answer.said
     return fleet
-
-
-def stored(directory: Path) -> Report:
-    return read((directory / "report.json").read_bytes(), str(directory))
 
 
 @pytest.mark.slow
