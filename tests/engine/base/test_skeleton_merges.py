@@ -34,7 +34,7 @@ from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, EndingFeed
 from tests.support.engine.jobs import events_of, group_of
-from tests.support.engine.local_bases import base_for, edited_base, load_base
+from tests.support.engine.local_bases import base_for, edited_adapter, edited_base, load_base
 from tests.support.engine.merges import NOT_RUN, comparable, request_for
 from tests.support.faults import configure
 from tests.support.merged import kept
@@ -225,7 +225,7 @@ def test_a_base_that_is_not_finite_is_measured_in_the_pass(shelf: Shelf, tmp_pat
         lambda tensors: [tensor.fill_(1e25) for tensor in tensors.values()],
         lambda tensors: [tensor.zero_() for tensor in tensors.values()],
         lambda tensors: tensors.pop(next(iter(tensors))),
-        lambda tensors: tensors.update(odd=torch.ones(2)),
+        lambda _: {"odd": torch.ones(2)},
     ],
     ids=["nan", "large", "zero", "lacking", "unexpected"],
 )
@@ -233,11 +233,7 @@ def test_a_base_that_is_not_finite_is_measured_in_the_pass(shelf: Shelf, tmp_pat
 def test_a_broken_adapter_comes_to_the_same(
     name: str, change: Callable[[dict[str, torch.Tensor]], object], shelf: Shelf, tmp_path: Path
 ) -> None:
-    adapter = shutil.copytree(shelf.adapter(name), tmp_path / "broken")
-    tensors = read_tensors(adapter)
-    change(tensors)
-    write_tensors(adapter, tensors)
-    assert_same(shelf.base("llama"), adapter)
+    assert_same(shelf.base("llama"), edited_adapter(shelf.adapter(name), tmp_path / "broken", change))
 
 
 def test_a_refused_adapter_has_a_base_that_was_measured(shelf: Shelf, tmp_path: Path) -> None:

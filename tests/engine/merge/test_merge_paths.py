@@ -25,11 +25,11 @@ from merge_gate.engine.merge import plan
 from merge_gate.records.measured import Evidence, MeasureOptions
 from merge_gate.records.terms import Verdict
 from tests.support import methods
-from tests.support.engine.local_bases import base_for
+from tests.support.engine.local_bases import base_for, edited_adapter
 from tests.support.engine.merges import NOT_RUN, comparable, request_for
 from tests.support.faults import configure, edit
 from tests.support.gating import Bench, Gate
-from tests.support.models import ALL_LINEAR, VARIANTS, Shelf, Tensors, read_tensors, write_tensors
+from tests.support.models import ALL_LINEAR, VARIANTS, Shelf, Tensors
 
 WEIGHTS = "adapter_model.safetensors"
 SAMPLED = MeasureOptions(estimates=True)
@@ -430,10 +430,7 @@ def test_an_adapter_is_judged_alike_after_others_of_its_config(variant: str, she
         "last": lambda tensors: None,
     }
     for name, change in edits.items():
-        shutil.copytree(shelf.adapter(variant), tmp_path / name)
-        tensors = read_tensors(tmp_path / name)
-        change(tensors)
-        write_tensors(tmp_path / name, tensors)
+        edited_adapter(shelf.adapter(variant), tmp_path / name, change)
     together, kept = base_for(directory, tmp_path / "first"), []
     for name in edits:
         before = together.template

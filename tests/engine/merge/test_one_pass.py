@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from merge_gate.engine import adapter_evidence
-from merge_gate.engine.adapter import load_adapter
+from merge_gate.engine.adapter import load_adapter as loading
+from merge_gate.engine.adapter.inject import parameters_of
+from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
+from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.adapter_evidence import merge, merge_together
+from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.merge import adapter_merge
+from merge_gate.engine.merge.private_copies import factors_in_memory, map_factors, private_copies, targets_of
+from merge_gate.engine.tensors.measure import same_bits
+from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import MeasureOptions
 from merge_gate.records.refusals import Refused
-from tests.support.engine.local_bases import base_for
+from tests.support import methods
+from tests.support.engine.local_bases import base_for, edited_adapter, load_local
 from tests.support.engine.merges import comparable, request_for
 from tests.support.faults import configure
-from tests.support.models import Shelf, read_tensors, write_tensors
+from tests.support.models import Shelf, read_tensors
 
 SAMPLED = MeasureOptions(estimates=True)
 
@@ -42,12 +53,7 @@ def adapters(shelf: Shelf, tmp_path: Path) -> list[Path]:
     good = [shelf.adapter(name) for name in TOGETHER]
     elsewhere = shutil.copytree(good[0], tmp_path / "elsewhere")
     configure(target_modules=["absent"])(elsewhere)
-    broken = [shutil.copytree(good[0], tmp_path / name) for name in changes]
-    for adapter in broken:
-        tensors = read_tensors(adapter)
-        changes[adapter.name](tensors)
-        write_tensors(adapter, tensors)
-    return [*good, elsewhere, *broken]
+    return [*good, elsewhere, *(edited_adapter(good[0], tmp_path / name, change) for name, change in changes.items())]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -119,13 +125,13 @@ def test_a_failed_cross_check_sends_its_adapter_through_peft(shelf: Shelf, monke
 
 def test_adapters_of_one_kind_share_one_injection(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     injections: list[str] = []
-    own = load_adapter.inject
+    own = loading.inject
 
     def inject(*args: Any, **options: Any) -> Any:
         injections.append(str(args[1].peft_type))
         return own(*args, **options)
 
-    monkeypatch.setattr(load_adapter, "inject", inject)
+    monkeypatch.setattr(loading, "inject", inject)
     adapter = shelf.adapter("every-projection")
     base = base_for(shelf.base("llama"), adapter, "bfloat16")
     together = merge_together([request_for(base, adapter)] * 3)
@@ -143,3 +149,102 @@ def test_adapters_of_one_kind_are_refused_alike(shelf: Shelf, monkeypatch: pytes
     base = base_for(shelf.base("llama"), adapter, "bfloat16")
     together = merge_together([request_for(base, adapter)] * 2)
     assert [evidence is not None and evidence.refusal is not None for evidence in together] == [True, True]
+
+
+# --- a layer over copies: what PEFT writes to them reaches no other adapter, and nothing is left of them -----------
+
+ADAPTERS = ("every-projection", "dora-all-linear", "plain")
+
+
+def skeleton(directory: Path) -> Base:
+    with methods.quiet():
+        return load_local(
+            str(directory), model_class=ModelClass(class_name="LlamaForCausalLM"), label="base", is_mapped=False
+        )
+
+
+def loaded_on(base: Base, adapter: Path) -> tuple[Loaded, Any]:
+    """The adapter with its factors in its file, and its first layer."""
+    files = preflight(str(adapter), allow_pickle=False)
+    with methods.quiet():
+        loaded = load_adapter(base, files, weights := read_weights(files))
+    loaded.mapped = map_factors(loaded.model, loaded.arrivals[0], weights)
+    return loaded, next(module for module in loaded.model.modules() if isinstance(module, BaseTunerLayer))
+
+
+@pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
+def test_a_write_in_a_cross_check_reaches_no_other_adapter(
+    is_before: bool, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, adapters = shelf.base("llama"), [shelf.adapter(name) for name in ADAPTERS]
+    base = skeleton(directory)
+    right = [one for one in merge_together([request_for(base, adapter) for adapter in adapters]) if one is not None]
+    writes: list[Any] = []
+    own: Callable[..., None] = lora.Linear.merge
+
+    def merge_and_write(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        weight, is_first = self.get_base_layer().weight.data, not writes
+        if is_first:
+            writes.append(self)
+        if is_first and is_before:
+            weight.mul_(2)
+        own(self, safe_merge, adapter_names)
+        if is_first and not is_before:
+            weight.mul_(2)
+
+    monkeypatch.setattr(lora.Linear, "merge", merge_and_write)
+    base = skeleton(directory)
+    merged = [one for one in merge_together([request_for(base, adapter) for adapter in adapters]) if one is not None]
+    assert writes
+    assert [len(one.differing) for one in merged].count(1) == is_before  # after the merge, nothing reads the copy
+    assert sum(one.layers_by_peft == 0 for one in merged) == len(ADAPTERS) - is_before
+    assert [extremes(one) for one in merged] == [extremes(one) for one in right]
+    assert base.lazy is not None
+    assert base.lazy.kept_bytes() == 0
+    assert not base.was_misread()
+    assert [extremes(merge(request_for(base, one))) for one in adapters] == [extremes(one) for one in right]
+
+
+def extremes(evidence: Any) -> dict[str, tuple[float, float]]:
+    """Of the tensors that the adapter changes: PEFT's own merge lists the layers' biases, too."""
+    return {one.stats.name: (one.stats.minimum, one.stats.maximum) for one in evidence.merges if one.changed}
+
+
+@pytest.mark.parametrize("failure", [None, MemoryError])
+def test_nothing_stays_behind_after_a_write(failure: type[Exception] | None, shelf: Shelf) -> None:
+    directory = shelf.base("llama")
+    base = skeleton(directory)
+    loaded, layer = loaded_on(base, shelf.adapter("every-projection"))
+    weight, factors = layer.get_base_layer().weight, [factor for _, _, factor in parameters_of(layer)]
+    before = [(factor.data_ptr(), factor.data.clone()) for factor in factors]
+    place = weight.data_ptr()
+    with (
+        pytest.raises(failure) if failure is not None else nullcontext(),
+        private_copies(layer, targets_of(layer, loaded.base_names), base, mapped=loaded.mapped),
+    ):
+        weight.data.mul_(2)
+        layer.merge(safe_merge=True)
+        if failure is not None:
+            raise failure
+    assert layer.merged_adapters == []
+    assert weight.data_ptr() == place
+    assert [factor.data_ptr() for factor in factors] == [address for address, _ in before]
+    assert all(same_bits(factor.data, values) for factor, (_, values) in zip(factors, before, strict=True))
+    assert base.lazy is not None
+    assert not base.lazy.fill_touched()  # its pages were given back
+    with base.lazy.filled([weight.data]):
+        name = loaded.base_names[id(layer.get_base_layer()), "weight"]
+        assert same_bits(weight.data, read_tensors(directory, "model.safetensors")[name])
+
+
+def test_factors_of_a_file_are_copied_for_a_merge(shelf: Shelf) -> None:
+    """A tensor in a file has another alignment than torch's, and PEFT's bits may depend on that."""
+    loaded, layer = loaded_on(skeleton(shelf.base("llama")), shelf.adapter("every-projection"))
+    factors = [factor for _, _, factor in parameters_of(layer)]
+    before = [(factor.data_ptr(), factor.data.clone()) for factor in factors]
+    with factors_in_memory(layer, loaded.mapped):
+        for factor, (place, values) in zip(factors, before, strict=True):
+            assert factor.data_ptr() % 64 == 0
+            assert factor.data_ptr() != place
+            assert same_bits(factor.data, values)
+    assert [factor.data_ptr() for factor in factors] == [place for place, _ in before]

@@ -19,8 +19,9 @@ from merge_gate.engine.base.loaded_base import Base
 from merge_gate.records.measured import Forward, MeasureOptions
 from tests.support import methods
 from tests.support.engine.local_bases import base_for, edited_base, load_base, load_local
+from tests.support.engine.local_bases import edited_adapter as edited
 from tests.support.engine.merges import request_for
-from tests.support.models import ALL_LINEAR, Shelf, Tensors, make_adapter, read_tensors, save_adapter, write_tensors
+from tests.support.models import ALL_LINEAR, Shelf, Tensors, make_adapter, read_tensors, save_adapter
 
 AUTO, REQUIRED = MeasureOptions(rows=True), MeasureOptions()
 IN_LAYER = "base_model.model.model.layers.1."
@@ -39,14 +40,6 @@ def is_run(base: Base, adapter: Path) -> bool:
     assert required.ran
     assert forward == required if forward.ran else required.nonfinite_module is None
     return forward.ran
-
-
-def edited(adapter: Path, place: Path, change: Callable[[Tensors], object]) -> Path:
-    shutil.copytree(adapter, place)
-    tensors = read_tensors(place)
-    change(tensors)
-    write_tensors(place, tensors)
-    return place
 
 
 def soften(tensors: Tensors) -> None:

@@ -27,7 +27,7 @@ from merge_gate.records.measured import Evidence, Forward
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Origin, Quantization, Verdict
 from tests.support import methods
-from tests.support.engine.local_bases import load_local
+from tests.support.engine.local_bases import edited_adapter, load_local
 from tests.support.engine.merges import merge_adapter, request_for, runs
 from tests.support.faults import blow_up
 from tests.support.gating import SPEC
@@ -119,12 +119,8 @@ def test_close_to_the_limit_the_merged_model_counts(loud: Base, shelf: Shelf, tm
 
 def test_the_largest_module_that_the_adapter_raises_is_known(loud: Base, shelf: Shelf, tmp_path: Path) -> None:
     """The base's own head returns more."""
-    directory = tmp_path / "raising"
-    shutil.copytree(shelf.adapter("loud-base"), directory)
-    tensors = read_tensors(directory)
-    factor = next(name for name in tensors if "1.self_attn.v_proj.lora_B" in name)
-    tensors[factor] *= 100.0
-    write_tensors(directory, tensors)
+    name = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
+    directory = edited_adapter(shelf.adapter("loud-base"), tmp_path / "raising", lambda one: one[name].mul_(100.0))
     forward = merge(request_for(loud, directory)).forward
     assert (forward.largest_module, forward.raised_module) == ("lm_head", "model.layers.1.self_attn.v_proj")
     assert forward.raised is not None

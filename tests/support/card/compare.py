@@ -130,7 +130,7 @@ def of_models(name: str, cpu: Path, card: Path) -> Iterator[Difference]:
     if not (cpu.is_dir() and card.is_dir()):
         yield Difference(name, "bits", cpu.is_dir(), card.is_dir())
         return
-    for tensor, (left, right) in _paired(_tensors(cpu), _tensors(card)).items():
+    for tensor, (left, right) in _paired(tensors_in(cpu), tensors_in(card)).items():
         if left is None or right is None or left.dtype is not right.dtype or left.shape != right.shape:
             yield Difference(name, f"bits of {tensor}", left, right)
             continue
@@ -141,7 +141,7 @@ def of_models(name: str, cpu: Path, card: Path) -> Iterator[Difference]:
             )
 
 
-def _tensors(directory: Path) -> dict[str, torch.Tensor]:
+def tensors_in(directory: Path) -> dict[str, torch.Tensor]:
     return {
         name: tensor for file in sorted(directory.glob("*.safetensors")) for name, tensor in load_file(file).items()
     }

@@ -16,10 +16,10 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.support import methods
+from tests.support.card.compare import tensors_in
 
 
 def main(config: str, published: str, device: str) -> None:
@@ -29,7 +29,7 @@ def main(config: str, published: str, device: str) -> None:
     for entry in json.loads(Path(config).read_text())["adapters"]:
         model = Path(published, entry["name"])
         if "path" in entry and model.is_dir():
-            differing[entry["name"]] = [*_differing(entry, _tensors(model), device)]
+            differing[entry["name"]] = [*_differing(entry, tensors_in(model), device)]
     json.dump(differing, sys.stdout)
 
 
@@ -57,17 +57,13 @@ def _merged(entry: dict[str, Any], device: str) -> tuple[dict[str, Tensor], bool
         has_indices = any(_holds_indices(layer) for layer in layers)
         with tempfile.TemporaryDirectory() as directory:
             adapted.merge_and_unload(safe_merge=True).save_pretrained(directory)
-            return _tensors(Path(directory)), has_indices
+            return tensors_in(Path(directory)), has_indices
 
 
 def _holds_indices(layer: torch.nn.Module) -> bool:
     held = (value for module in layer.modules() for value in vars(module).values() if isinstance(value, dict))
     tensors = (tensor for values in held for tensor in values.values() if isinstance(tensor, Tensor))
     return any(tensor.dtype in {torch.int32, torch.int64} for tensor in tensors)
-
-
-def _tensors(directory: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ AUTO_CLASSES = {
 }
 """Mappings of model types to classes, the usual class of a fine-tuned model first, with PEFT's task type for it."""
 
-TINY = {"heads": 4, "head": 8, "width": 32, "inner": 48, "vocabulary": 128, "layers": 2, "experts": 4}
+TINY = {"heads": 4, "kv_heads": 4, "head": 8, "width": 32, "inner": 48, "vocabulary": 128, "layers": 2, "experts": 4}
 
 
 class CannotBuildError(Exception):
@@ -78,9 +78,7 @@ def _kind(key: Any) -> str | None:
 def _tiny(key: str, value: int) -> int:
     """All numbers of a kind become one number, however they differed."""
     kind = _kind(key)
-    if kind == "chosen":
-        return min(value, 2)
-    if kind == "kv_heads":
+    if kind in {"chosen", "kv_heads"}:
         return min(value, 2)
     if kind is None:
         return _id(key, value, TINY["vocabulary"])
@@ -90,17 +88,10 @@ def _tiny(key: str, value: int) -> int:
 def _filled(key: str, value: int | None) -> int | None:
     """Some defaults leave out a number without which no model can be built."""
     kind = _kind(key)
-    return TINY[FILLED[kind]] if value is None and kind in FILLED else value if value is None else _tiny(key, value)
+    return TINY[kind] if value is None and kind in FILLED else value if value is None else _tiny(key, value)
 
 
-FILLED = {
-    "head": "head",
-    "kv_heads": "heads",
-    "heads": "heads",
-    "width": "width",
-    "inner": "inner",
-    "experts": "experts",
-}
+FILLED = {"head", "kv_heads", "heads", "width", "inner", "experts"}
 
 
 def _divided(key: str, value: int) -> int:

@@ -15,9 +15,7 @@ from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.files.pickles import read_pickle
-from tests.support.models import Tensors, read_tensors, write_tensors
-
-WEIGHTS = "model.safetensors"
+from tests.support.models import ADAPTER_WEIGHTS, Tensors, read_tensors, write_tensors
 
 
 def load_base(directory: str, *, model_class: ModelClass, **options: Any) -> Base:
@@ -49,10 +47,16 @@ def base_for(directory: Path, adapter: Path, dtype: str = "auto", *, load: Any =
     return loaded
 
 
-def edited_base(base: Path, out: Path, change: Callable[[Tensors], object]) -> Path:
+def edited_base(
+    source: Path, out: Path, change: Callable[[Tensors], object], *, file: str = "model.safetensors"
+) -> Path:
     """A copy of a base of one file; `change` edits its tensors in place, or returns those that are other ones."""
-    shutil.copytree(base, out)
-    tensors = read_tensors(out, WEIGHTS)
+    shutil.copytree(source, out)
+    tensors = read_tensors(out, file)
     changed = change(tensors)
-    write_tensors(out, tensors | changed if isinstance(changed, dict) else tensors, WEIGHTS)
+    write_tensors(out, tensors | changed if isinstance(changed, dict) else tensors, file)
     return out
+
+
+def edited_adapter(source: Path, out: Path, change: Callable[[Tensors], object]) -> Path:
+    return edited_base(source, out, change, file=ADAPTER_WEIGHTS)
