@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ def process(card: Path, *words: str, **settings: object) -> subprocess.Completed
     """A Python with simulated cards, outside of any worker."""
     env = os.environ | build.environment(card, **settings)
     env["PYTHONPATH"] += f"{os.pathsep}{ROOT}"
-    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=120, check=False)
+    return subprocess.run([sys.executable, *words], env=env, capture_output=True, text=True, timeout=300, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -94,3 +95,35 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(build.NoCompilerError, match="install g"):
         build.library(tmp_path)
+
+
+# --- the engine's tensors are where a card needs them ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def seen(card: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    answer = process(card, "-m", "tests.support.card.rows", str(tmp_path_factory.mktemp("rows")))
+    assert answer.returncode == 0, answer.stderr
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kind", ["linear", "attention", "experts"])
+def test_factors_are_on_the_card_in_their_own_dtype(kind: str, seen: dict[str, Any]) -> None:
+    """Those of layers inside of a layer, too."""
+    assert seen[kind] == {"during": ["cuda:0 torch.float32"], "after": ["cpu torch.float32"]}
+
+
+def test_factors_with_indices_stay_on_the_cpu(seen: dict[str, Any]) -> None:
+    assert seen["indices"]["during"] == seen["indices"]["after"] == ["cpu torch.float32"]
+
+
+def test_a_quantized_merge_is_proved(seen: dict[str, Any]) -> None:
+    assert seen["quantized"] > 0
+
+
+def test_a_full_card_drops_the_weights_that_it_keeps(seen: dict[str, Any]) -> None:
+    assert seen["full"] == [True, True, True]
+
+
+def test_a_draw_on_the_card_is_taken_back(seen: dict[str, Any]) -> None:
+    assert seen["drawn"] == [True, True]

@@ -1,4 +1,4 @@
-"""What the engine places on a card, seen from inside of a process that has one. test_rows.py reads what it prints."""
+"""What the engine places on a card, seen from inside of a process that has one; test_simulation.py reads it."""
 
 from __future__ import annotations
 
