@@ -84,10 +84,13 @@ def test_a_shard_that_is_a_link_into_a_cache_is_followed(tmp_path: Path, wording
     (snapshot / MODEL).symlink_to("../../blobs/0f")
     assert len(read_base(str(snapshot), name="b").tensors) == len(PLAIN)
     blob.unlink()
-    with pytest.raises(ResolveError) as raised:
-        read_base(str(snapshot), name="b")
-    assert raised.value.check == INCOMPLETE
-    wording(raised.value)
+    for target in ("../../blobs/0f", "../gone"):
+        (snapshot / MODEL).unlink()
+        (snapshot / MODEL).symlink_to(target)
+        with pytest.raises(ResolveError) as raised:
+            read_base(str(snapshot), name="b")
+        assert raised.value.check == INCOMPLETE
+        wording(raised.value)
 
 
 @pytest.mark.parametrize(

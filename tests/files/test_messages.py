@@ -198,6 +198,7 @@ SITUATIONS: dict[str, Files] = {
     "an empty side, of another method": config(peft_type="VERA") | {WEIGHTS_NAME: weights({LORA_A: [4, 0]})},
     "another rank of embeddings": SOUND | shapes(e__lora_embedding_A=[4, 9], e__lora_embedding_B=[8, 4]),
     "the rank of a convolution": SOUND | shapes(c__lora_A__weight=[4, 3, 3, 3]),
+    "an empty side, of a method that has them": config(peft_type="OSF") | {WEIGHTS_NAME: weights({LORA_A: [4, 0]})},
     "an empty embedding": SOUND | shapes(q__lora_embedding_B=[8]),
     # --- the weights file itself
     "empty weights": SOUND | {WEIGHTS_NAME: b""},
