@@ -93,65 +93,57 @@ def test_a_shard_that_is_a_link_into_a_cache_is_followed(tmp_path: Path, wording
         wording(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("files", "check"),
-    [
-        pytest.param({INDEX: index(x__safetensors=FIRST)}, INCOMPLETE, id="shard-absent"),
-        *(
-            pytest.param({INDEX: index(**{name: FIRST})}, INCONSISTENT, id=f"shard-{name}")
-            for name in ("../x__safetensors", "/etc/x__safetensors")
-        ),
-        *(
-            pytest.param(
-                {INDEX: index(**{name: FIRST}), "x.safetensors": HALVES[0], "a/x.safetensors": HALVES[0]},
-                INCONSISTENT,
-                id=f"shard-{name}",
-                marks=pytest.mark.attempt(
-                    "P08", "shards named ./a, a//b, a/./b, or a\\b in the index", "base-inconsistent"
-                ),
-            )
-            for name in ("./x__safetensors", "a//x__safetensors", "a/./x__safetensors", "a\\x__safetensors")
-        ),
-        *(
-            pytest.param(files, check, id=name)
-            for name, check, files in (
-                ("shard-of-another-kind", INCONSISTENT, {INDEX: index(x__bin=FIRST), "x.bin": b"PK"}),
-                ("no-metadata", INCONSISTENT, {INDEX: b'{"weight_map": {"a": "x"}}', "x.safetensors": HALVES[0]}),
-                ("index-nested", INCONSISTENT, {INDEX: b"[" * 100_000}),
-                ("index-cut", INCONSISTENT, {INDEX: b"{"}),
-                ("index-empty", INCONSISTENT, {INDEX: b"{}"}),
-                ("index-of-numbers", INCONSISTENT, {INDEX: b'{"weight_map": {"a": 1}}'}),
-                ("index-of-lists", INCONSISTENT, {INDEX: b'{"metadata": {}, "weight_map": []}'}),
-                ("empty", INCOMPLETE, {MODEL: b""}),
-                ("one-byte-less", INCOMPLETE, {MODEL: safetensors(PLAIN)[:-1]}),
-                ("seven-bytes", INCOMPLETE, {MODEL: safetensors(PLAIN)[:7]}),
-                ("half-a-header", INCOMPLETE, {MODEL: safetensors(PLAIN)[:40]}),
-                ("one-byte-more", INCONSISTENT, {MODEL: safetensors(PLAIN) + b"x"}),
-                ("a-name-that-lies", INCONSISTENT, {MODEL: LYING}),
-                ("lfs", INCOMPLETE, {MODEL: LFS}),
-                ("lfs-config", INCOMPLETE, {MODEL: safetensors(PLAIN), "config.json": LFS}),
-                ("html", INCONSISTENT, {MODEL: b"<!doctype html>"}),
-                ("config-cut", INCONSISTENT, {MODEL: safetensors(PLAIN), "config.json": b"{"}),
-                ("config-nested", INCONSISTENT, {MODEL: safetensors(PLAIN), "config.json": b"[" * 100_000}),
-                ("config-list", INCONSISTENT, {MODEL: safetensors(PLAIN), "config.json": b"[]"}),
-                ("config-not-utf-8", INCONSISTENT, {MODEL: safetensors(PLAIN), "config.json": b'"\xff"'}),
-                ("nothing", INCOMPLETE, {}),
-                ("pickle", None, {"pytorch_model.bin": b"PK"}),
-                ("adapter", None, ADAPTER),
-                ("adapter-next-to-base", None, ADAPTER | {MODEL: safetensors(PLAIN)}),
-                ("gguf", FORMAT, {"model.gguf": b"GGUF"}),
-                ("diffusers", FORMAT, {"model_index.json": b"{}", "unet/diffusion_pytorch_model.safetensors": b""}),
-                ("sentence-transformers", FORMAT, {"modules.json": b"[]", "0_Transformer/config.json": b"{}"}),
-            )
-        ),
-    ],
-)  # fmt: skip
-def test_files_that_cannot_be_loaded(
-    files: dict[str, bytes], check: str | None, tmp_path: Path, wording: Wording
-) -> None:
+CANNOT_BE_LOADED: dict[str, tuple[str | None, dict[str, bytes]]] = {
+    "shard-absent": (INCOMPLETE, {INDEX: index(x__safetensors=FIRST)}),
+    "shard-above": (INCONSISTENT, {INDEX: index(**{"../x__safetensors": FIRST})}),
+    "shard-at-the-root": (INCONSISTENT, {INDEX: index(**{"/etc/x__safetensors": FIRST})}),
+    "shard-of-another-kind": (INCONSISTENT, {INDEX: index(x__bin=FIRST), "x.bin": b"PK"}),
+    "no-metadata": (INCONSISTENT, {INDEX: b'{"weight_map": {"a": "x"}}', "x.safetensors": HALVES[0]}),
+    "index-nested": (INCONSISTENT, {INDEX: b"[" * 100_000}),
+    "index-cut": (INCONSISTENT, {INDEX: b"{"}),
+    "index-empty": (INCONSISTENT, {INDEX: b"{}"}),
+    "index-of-numbers": (INCONSISTENT, {INDEX: b'{"weight_map": {"a": 1}}'}),
+    "index-of-lists": (INCONSISTENT, {INDEX: b'{"metadata": {}, "weight_map": []}'}),
+    "empty": (INCOMPLETE, {MODEL: b""}),
+    "one-byte-less": (INCOMPLETE, {MODEL: safetensors(PLAIN)[:-1]}),
+    "seven-bytes": (INCOMPLETE, {MODEL: safetensors(PLAIN)[:7]}),
+    "half-a-header": (INCOMPLETE, {MODEL: safetensors(PLAIN)[:40]}),
+    "one-byte-more": (INCONSISTENT, {MODEL: safetensors(PLAIN) + b"x"}),
+    "a-name-that-lies": (INCONSISTENT, {MODEL: LYING}),
+    "lfs": (INCOMPLETE, {MODEL: LFS}),
+    "lfs-config": (INCOMPLETE, {MODEL: safetensors(PLAIN), "config.json": LFS}),
+    "html": (INCONSISTENT, {MODEL: b"<!doctype html>"}),
+    "config-cut": (INCONSISTENT, {MODEL: safetensors(PLAIN), "config.json": b"{"}),
+    "config-nested": (INCONSISTENT, {MODEL: safetensors(PLAIN), "config.json": b"[" * 100_000}),
+    "config-list": (INCONSISTENT, {MODEL: safetensors(PLAIN), "config.json": b"[]"}),
+    "config-not-utf-8": (INCONSISTENT, {MODEL: safetensors(PLAIN), "config.json": b'"\xff"'}),
+    "nothing": (INCOMPLETE, {}),
+    "pickle": (None, {"pytorch_model.bin": b"PK"}),
+    "adapter": (None, ADAPTER),
+    "adapter-next-to-base": (None, ADAPTER | {MODEL: safetensors(PLAIN)}),
+    "gguf": (FORMAT, {"model.gguf": b"GGUF"}),
+    "diffusers": (FORMAT, {"model_index.json": b"{}", "unet/diffusion_pytorch_model.safetensors": b""}),
+    "sentence-transformers": (FORMAT, {"modules.json": b"[]", "0_Transformer/config.json": b"{}"}),
+}
+ODD_NAMES = ("./x__safetensors", "a//x__safetensors", "a/./x__safetensors", "a\\x__safetensors")
+
+
+@pytest.mark.parametrize("case", CANNOT_BE_LOADED)
+def test_files_that_cannot_be_loaded(case: str, tmp_path: Path, wording: Wording) -> None:
+    check, files = CANNOT_BE_LOADED[case]
     with pytest.raises(ResolveError) as raised:
         resolve_base(str(lay(tmp_path, files)), label="./base")
     assert raised.value.check == check
+    wording(raised.value)
+
+
+@pytest.mark.attempt("P08", "shards named ./a, a//b, a/./b, or a\\b in the index", "base-inconsistent")
+@pytest.mark.parametrize("name", ODD_NAMES)
+def test_a_shard_has_one_name(name: str, tmp_path: Path, wording: Wording) -> None:
+    files = {INDEX: index(**{name: FIRST}), "x.safetensors": HALVES[0], "a/x.safetensors": HALVES[0]}
+    with pytest.raises(ResolveError) as raised:
+        resolve_base(str(lay(tmp_path, files)), label="./base")
+    assert raised.value.check == INCONSISTENT
     wording(raised.value)
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -245,25 +246,15 @@ def test_the_directory_of_a_dead_run_alone_is_removed(tmp_path: Path, monkeypatc
     assert {one.name for one in tmp_path.iterdir()} == {*(one.name for one in users), young.name}
 
 
-class _Unkillable:
-    """A process in an uninterruptible wait of the kernel: signals do not end it."""
+def test_a_process_that_cannot_be_killed_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is in an uninterruptible wait of the kernel: signals do not end it."""
+    monkeypatch.setattr(process, "EXIT_TIMEOUT_S", 0.0)
+    kills: list[bool] = []
 
-    returncode = None
-    kills = 0
-
-    def poll(self) -> None:
-        return None
-
-    def kill(self) -> None:
-        self.kills += 1
-
-    def wait(self, timeout: float | None = None) -> int:
+    def wait(timeout: float | None = None) -> int:
         assert timeout is not None, "no one waits for it without a limit"
         raise subprocess.TimeoutExpired("worker", timeout)
 
-
-def test_a_process_that_cannot_be_killed_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "EXIT_TIMEOUT_S", 0.0)
-    child: Any = _Unkillable()
+    child: Any = SimpleNamespace(returncode=None, poll=lambda: None, kill=lambda: kills.append(True), wait=wait)
     assert process._exit_code(child) == -signal.SIGKILL
-    assert child.kills == 1
+    assert kills == [True]
