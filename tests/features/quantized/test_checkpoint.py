@@ -179,6 +179,7 @@ def parts_of_gptq(**changed: torch.Tensor | None) -> Tensors:
         ({"g_idx": torch.zeros(8, dtype=torch.int32)}, "make no weight"),
         ({"g_idx": None, "rotation": torch.zeros(8)}, "rotation"),
         ({"weight": torch.zeros(32, 64, dtype=torch.complex64)}, "weight"),
+        ({"qzeros": torch.zeros(1 << 13, 9, dtype=torch.int32)}, "larger than the weight"),
     ],
 )
 def test_parts_that_do_not_fit_are_refused(changed: dict[str, Any], words: str, tmp_path: Path) -> None:
@@ -206,7 +207,18 @@ def test_scaled_activations_are_refused(tmp_path: Path) -> None:
         opened(tmp_path, {**parts, "mlp.act.scales": random(8)}, {"layer.weight": expected}, settings)
 
 
-@pytest.mark.parametrize("state", [b"", b"[]", b"{}", b'{"nested_offset": [1]}', b"\xff", b'{"nested_offset": 1e999'])
+STATES = [
+    b"",
+    b"[]",
+    b"{}",
+    b"\xff",
+    b'{"shape": [16, 8], "nested_offset": 1}',
+    b'{"shape": [8, 16], "nested_offset": [1]}',
+    b'{"shape": [8, 16], "nested_offset": 1e999}',
+]
+
+
+@pytest.mark.parametrize("state", STATES)
 def test_a_hostile_state_of_bitsandbytes_is_refused(state: bytes, tmp_path: Path) -> None:
     tensors = {
         "layer.weight": torch.zeros(64, 1, dtype=torch.uint8),
@@ -217,5 +229,5 @@ def test_a_hostile_state_of_bitsandbytes_is_refused(state: bytes, tmp_path: Path
         "layer.weight.quant_state.bitsandbytes__nf4": torch.tensor([*state], dtype=torch.uint8),
     }
     release = opened(tmp_path, tensors, {"layer.weight": random(8, 16)}, BITSANDBYTES)
-    with pytest.raises(EngineError, match="nested_offset"):
+    with pytest.raises(EngineError, match="quant_state"):
         release.read("layer.weight")

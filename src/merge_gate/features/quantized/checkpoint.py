@@ -26,6 +26,9 @@ from merge_gate.files.headers import DTYPE_BITS, shown
 from merge_gate.files.json_object import read_as_transformers
 from merge_gate.records.files import StoredTensor
 
+MOST = 0.5
+"""A release has the scales of the base if this share of them is the same."""
+
 PLAIN = ("F16", "BF16", "F32", "F64")
 UNREAD = ("bias", "input_scale", "input_scale_ub", "input_zero_point", "output_scale", "k_scale", "v_scale")
 """Parts that the values of a weight do not need: scales of activations, and a bias that the base lacks."""
@@ -191,7 +194,8 @@ class Checkpoint:
         folded = self._folded(name, values, grid)
         starts = range(0, self._shapes[name][0], ROWS)
         base = self._folded(name, torch.cat([self._base_rows(name, start) for start in starts]), grid)
-        made = (grid if grid.has_scales_of(base) else grid.refitted(folded)).nearest(folded)
+        is_of_base = float((grid.refitted(base).scales == grid.scales).float().mean()) > MOST
+        made = (grid if is_of_base else grid.refitted(folded)).nearest(folded)
         return self.folds.undone(name, self._oriented(made, name))
 
     def _folded(self, name: str, values: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -29,6 +29,12 @@ BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 SAME_SCALE = 0.1
 """Scales by extremes differ so little from those of the release, by their median: else these were found otherwise."""
 
+LARGEST_STATE = 1 << 16
+"""A part of a small weight may have so many values."""
+
+UNFIT = (RuntimeError, IndexError, TypeError, ValueError, ZeroDivisionError)
+"""What torch and Python raise for shapes that do not fit together."""
+
 Parts = Mapping[str, torch.Tensor]
 
 
@@ -93,24 +99,16 @@ class Grid(NamedTuple):
         The same grid if its scales were found otherwise: by calibration, or for columns in another order.
         """
         (rows, columns), count = values.shape, self.scales.shape[1]
-        if (
-            columns % count
-            or rows % self.height
-            or bool((self.groups != torch.arange(columns) // (columns // count)).any())
-        ):
+        is_even = columns % count == 0 and rows % self.height == 0
+        if not is_even or not torch.equal(self.groups.long(), torch.arange(columns) // (columns // count)):
             return self
         blocks = values.view(rows // self.height, self.height, count, -1)
         low, high = blocks.amin((1, 3)).clamp_(max=0), blocks.amax((1, 3)).clamp_(min=0)
         own = self.scales[:: self.height]
         zeros = (-self.offsets[:: self.height] / own).nan_to_num().round()
         levels, is_signed = 2**self.bits - 1, self.codes.dtype == torch.int8
-        if self.is_mlx:  # the value that is further from 0 has a code, and so has 0
-            edge, sign = torch.where(-low > high, low, high), torch.where(-low > high, 1, -1)
-            scales = sign * ((high - low) / levels).clamp(min=1e-7)
-            first = (edge / scales).round()
-            scales = torch.where(first == 0, scales, edge / first)
-            offsets = torch.where(first == 0, 0, edge).to(self.dtype).float()
-            scales = scales.to(self.dtype).float()
+        if self.is_mlx:
+            scales, offsets = (part.to(self.dtype).float() for part in _of_mlx(low, high, levels))
         elif bool((zeros != zeros[0, 0]).any()):
             scales = ((high - low) / levels).to(self.dtype).float()
             offsets = scales * ((low / scales).nan_to_num().round() + 128 * is_signed)
@@ -121,10 +119,6 @@ class Grid(NamedTuple):
             return self
         scales, offsets = (part.repeat_interleave(self.height, 0) for part in (scales, offsets))
         return self._replace(scales=scales, offsets=offsets)
-
-    def has_scales_of(self, values: torch.Tensor) -> bool:
-        """Whether most of its scales are those that a quantizer gives these values by their extremes."""
-        return float((self.refitted(values).scales == self.scales).float().mean()) > 1 / 2
 
     def _largest_code(self) -> float:
         """What the largest value of a group is divided by for its scale, if zero has the middle code."""
@@ -161,11 +155,21 @@ class Layout(NamedTuple):
 
     def check(self, weight: Weight, parts: Parts) -> None:
         """Raise `LayoutError` if these parts on the meta device do not make such a weight."""
+        if any(tensor.numel() > max(LARGEST_STATE, math.prod(weight.shape)) for tensor in parts.values()):
+            raise LayoutError("has a part that is larger than the weight")
         try:
             self.read(weight, parts)
-        except (RuntimeError, IndexError, ValueError, ZeroDivisionError) as error:  # the shapes do not fit together
+        except UNFIT as error:
             shapes = ", ".join(f"{part} {[*tensor.shape]}" for part, tensor in sorted(parts.items()))
             raise LayoutError(f"has parts that make no weight of shape {[*weight.shape]}: {shapes}") from error
+
+
+def _of_mlx(low: torch.Tensor, high: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and offsets for which zero and the value furthest from it have codes."""
+    edge, sign = torch.where(-low > high, low, high), torch.where(-low > high, 1, -1)
+    scales = sign * ((high - low) / levels).clamp(min=1e-7)
+    first = (edge / scales).round()
+    return torch.where(first == 0, scales, edge / first), torch.where(first == 0, 0, edge)
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -197,7 +201,7 @@ def _spread(weight: Weight, axis: int, groups: int) -> torch.Tensor:
         size = total // groups
         if size * groups != total:
             raise ValueError(groups)
-    return torch.arange(total) // size
+    return torch.arange(total) // min(size, total)
 
 
 def _grid(  # noqa: PLR0917 - what makes a grid
@@ -273,10 +277,14 @@ def _blocks(weight: Weight, parts: Parts) -> Grid:
     """4 bits of bitsandbytes: each block of values is a row of the grid."""
     scales, nested, count = parts["weight.absmax"], parts.get("weight.nested_absmax"), math.prod(weight.shape)
     pairs = unpack(parts["weight"].view(1, -1), 4, count + count % 2).view(-1, 2)  # the first one in the upper half
+    state = next((tensor for part, tensor in parts.items() if part in _STATES), None)
+    if state is None:
+        raise LayoutError("has no quant_state")
+    offset = _mean_scale(weight, state)
     if nested is not None:
         size = _block_size(len(scales), len(nested))
         scales = parts["weight.nested_quant_map"].view(256)[scales.int()]
-        scales = scales * nested.repeat_interleave(size)[: len(scales)] + _offset(parts)
+        scales = scales * nested.repeat_interleave(size)[: len(scales)] + offset
     size = _block_size(count, len(scales))
     in_blocks = Weight((len(scales), size), (0, 0), weight.method)
     grid = _grid(in_blocks, pairs.flip(1).view(-1, size), scales.view(-1, 1), 0, 4)
@@ -288,15 +296,18 @@ def _block_size(values: int, scales: int) -> int:
     return next((size for size in BLOCK_SIZES if -(-values // size) == scales), 0)
 
 
-def _offset(parts: Parts) -> float:
-    """The mean of the scales, from the JSON that bitsandbytes stores as bytes."""
-    state = next(tensor for part, tensor in parts.items() if part in _STATES)
+def _mean_scale(weight: Weight, state: torch.Tensor) -> float:
+    """The mean of the scales, if these are scaled, by the JSON that bitsandbytes stores as bytes."""
     if state.is_meta:
         return 0.0
     try:
-        return float(parse_strictly(bytes(state[: 1 << 16].tolist()))["nested_offset"])
-    except (InvalidJsonError, KeyError, TypeError, ValueError) as error:
-        raise LayoutError(f"has a quant_state without nested_offset: {error}") from error
+        content = parse_strictly(bytes(state.flatten().tolist()))
+        shape, mean = content["shape"], float(content.get("nested_offset", 0))
+    except (InvalidJsonError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise LayoutError(f"has a quant_state that cannot be read: {error}") from error
+    if shape != [*weight.shape] or not math.isfinite(mean):
+        raise LayoutError(f"has a quant_state of shape {str(shape)[:80]}, expected {[*weight.shape]}")
+    return mean
 
 
 _STATES = {f"weight.quant_state.bitsandbytes__{kind}": "U8" for kind in ("nf4", "fp4")}
