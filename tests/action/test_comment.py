@@ -113,7 +113,7 @@ def _is_slow(*_: object) -> Any:
         for letter, what, answer in (
             ("b", "the API answers with an object instead of a list of comments", lambda *_: {"id": 1}),
             ("c", "the API answers with a list of numbers", lambda *_: [1, 2]),
-            ("d", "the API answers with more than a page can have", lambda *_: b"[" + b" " * 5_000 + b"]"),
+            ("d", "the API answers with more than a page can have", lambda *_: b"[" + b" " * (33 << 20) + b"]"),
             ("e", "the API answers with deep JSON", lambda *_: b"[" * 4_000),
             ("f", "the API does not end its answer", _is_slow),
             ("g", "the API answers without JSON", lambda *_: b"<html>"),
@@ -124,7 +124,6 @@ def test_an_odd_answer_is_a_warning(
     answer: Any, github: GitHub, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     github.answer = answer  # type: ignore[method-assign]
-    monkeypatch.setattr(comment, "_MOST_BYTES", 4_096)
     monkeypatch.setattr(comment, "_TIMEOUT_S", 1.0)
     assert comment.main(environ) == 0
     assert "::warning" in capsys.readouterr().out

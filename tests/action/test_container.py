@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,9 +16,6 @@ from merge_gate.action.docker.docker_api import Engine
 from merge_gate.action.docker.launcher import run_in_container
 from merge_gate.cli import dispatch
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 TOKEN = "hf_secret"
 PLAIN = Engine(podman=False, rootless=False, remapped=False, selinux=False, nvidia_runtime=False, cdi_gpus=False)

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.action.docker.gpus import requested_gpus
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
-from merge_gate.features.publish.manifest import PublicationFacts, manifest_of, model_card, names_below, render
+from merge_gate.features.publish.manifest import (
+    Manifest,
+    PublicationFacts,
+    manifest_of,
+    model_card,
+    names_below,
+    render,
+)
 from merge_gate.records.config import AdapterSpec, BaseSpec, Combine, Config, PublishSpec
 from merge_gate.records.files import CARD_NAME, MANIFEST_NAME, AdapterFiles, Entry, HashedFile
 from merge_gate.records.report import AdapterReport
 from tests.support import reports
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from merge_gate.features.publish.manifest import Manifest
 
 FILES = {"model.safetensors": b"\x00weights", "config.json": b"{}", "additional_chat_templates/x.jinja": b"x"}
 

@@ -6,9 +6,10 @@ import base64
 import json
 import re
 import subprocess
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -23,9 +24,6 @@ from merge_gate.report.formats import json_report
 from tests.support import published, reports
 from tests.support.field_tables import field_table, held_table
 from tests.support.tried import tried
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 NOW = datetime(2026, 11, 27, 20, 15, tzinfo=UTC)
 GUIDE = Path(__file__).resolve().parents[3] / "docs" / "guides" / "attestations.md"

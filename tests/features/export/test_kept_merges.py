@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -20,10 +21,6 @@ from merge_gate.files.headers import DTYPE_BITS
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import ServedClass
 from merge_gate.records.refusals import NotJudged
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 UNITS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10}
 TENSORS = (StoredTensor(name="w", dtype="F32", shape=(2,)),)

@@ -8,30 +8,25 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from merge_gate._internal.companion_names import Companion, companion_kind
 from merge_gate._internal.errors import NotPublishedError
-from merge_gate.features.publish.companions import companion_identities, companions_of, read_inputs
+from merge_gate.features.publish.companions import Chosen, Identities, companion_identities, companions_of, read_inputs
+from merge_gate.features.publish.manifest import PublicationFacts
 from merge_gate.records.files import BaseFiles, DeclaredQuantization, Snapshot, StoredTensor
-from merge_gate.records.terms import PRESERVE, Severity
+from merge_gate.records.terms import PRESERVE, Finding, Severity
 from tests.support import published, reports
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from merge_gate.features.publish.companions import Chosen, Identities
-    from merge_gate.features.publish.manifest import PublicationFacts
-    from merge_gate.records.terms import Finding
-
-    Companions = tuple[Chosen, list[Finding]]
-    Shapes = Mapping[str, tuple[int, ...]]
+Companions = tuple[Chosen, list[Finding]]
+Shapes = Mapping[str, tuple[int, ...]]
 
 SHAPES = {"model.embed_tokens.weight": (32, 8), "model.norm.weight": (8,)}
 CONFIG = b'{\n  "vocab_size": 32,\n  "eos_token_id": 2,\n  "dtype": "float32"\n}\n'

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.engine.adapter_evidence import MergeRequest, merge_together
@@ -29,6 +30,8 @@ from merge_gate.features.publish.weight_files import base_layout
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.records.config import PublishSpec
+from merge_gate.records.files import StoredTensor
+from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker import sandbox
@@ -40,41 +43,28 @@ from tests.support.engine.base_headers import base_files, stored_tensors
 from tests.support.engine.fed_bases import source
 from tests.support.engine.merges import RUNS
 from tests.support.engine.plain_merge import peft_merge
-from tests.support.engine.published import Sent, configured, in_dtype, sent_by, write_model
+from tests.support.engine.published import (
+    Sent,
+    configured,
+    dequantized_merge,
+    different,
+    in_dtype,
+    sent_by,
+    stored,
+    write_model,
+)
 from tests.support.faults import configure
 from tests.support.gating import one_thread
 from tests.support.models import VARIANTS, Shelf, load_for_training, read_config
 from tests.tools import publish_layouts as tool
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    from merge_gate.records.files import StoredTensor
-    from merge_gate.records.refusals import NotJudged
-
-INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 VARIANTS_PUBLISHED = (
     "rslora", "patterns", "bias-all", "modules-to-save", "token-rows", "tied-tokens", "tied-base", "dora-all-linear",
     "lora-bias", "saved-embedding", "resized-tied", "resized-target", "conv1d", "conv1d-saved", "fused-experts",
     "per-expert", "sharded-base", "embedding", "classifier", "opt",
 )  # fmt: skip
 IN_ALL_DTYPES = ("every-projection", "dora", "conv1d", "fused-experts")
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 METHODS = ("loha-linear", "oft-linear", "ia3-linear", "lora-experts-qwen", "lora-tied-tokens", "ln-norm")
-
-
-def different(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names of tensors that do not have the same bits in both."""
-    return [name for name in left.keys() | right.keys() if not is_same(left.get(name), right.get(name))]
-
-
-def is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
-    if one is None or other is None or one.dtype is not other.dtype or one.shape != other.shape:
-        return False
-    ours, theirs = (
-        tensor.detach().contiguous().view(-1).view(INTEGERS[tensor.element_size()]) for tensor in (one, other)
-    )
-    return torch.equal(ours, theirs)
 
 
 def published(base: Path, adapter: Path, directory: Path, **options: Any) -> dict[str, torch.Tensor]:
@@ -135,10 +125,6 @@ def qwen3_5(directory: Path, head: torch.Tensor) -> tuple[Path, Path]:
     draft.sharded(2, "model.safetensors-{number:05d}-of-{count:05d}.safetensors").write(directory / "base")
     bases.ADAPTERS["second-layer"](directory / "adapter")
     return directory / "base", directory / "adapter"
-
-
-def stored(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
 def test_a_head_of_multi_token_prediction_stays(tmp_path: Path) -> None:
@@ -242,8 +228,8 @@ def test_a_tied_tensor_that_is_stored_twice_is_written_twice(variant: str, shelf
     theirs = peft_merge(base, adapter, "auto")[1]
     assert different(published(base, adapter, tmp_path / "published"), theirs) == []
     after = stored(tmp_path / "published")
-    assert is_same(after["lm_head.weight"], after["model.embed_tokens.weight"])
-    assert not is_same(after["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(after["lm_head.weight"], tensors["model.embed_tokens.weight"])
 
 
 def test_a_body_keeps_the_prefix_and_the_head_of_its_files(shelf: Shelf, tmp_path: Path) -> None:
@@ -476,12 +462,8 @@ def test_a_quantized_base_is_published_with_plain_weights(
     packing = transformers.BitsAndBytesConfig(**in_4bit if "4" in quantization else {"load_in_8bit": True})
     load = {"dtype": torch.bfloat16, "quantization_config": packing, "device_map": "cpu"}
     with methods.quiet():
-        plain = load_for_training(base, "CAUSAL_LM", **load).dequantize(torch.bfloat16)
-        if variant == "conv1d":  # transformers leaves it with transposed weights
-            values, plain = plain.state_dict(), load_for_training(base, "CAUSAL_LM", dtype=torch.bfloat16)
-            for name, tensor in plain.state_dict().items():
-                tensor.copy_(values[name].T if name.endswith(TRANSPOSED) else values[name])
-        theirs = PeftModel.from_pretrained(plain, adapter).merge_and_unload(safe_merge=True).state_dict()
+        packed = load_for_training(base, "CAUSAL_LM", **load)
+        theirs = dequantized_merge(packed, load_for_training(base, "CAUSAL_LM", dtype=torch.bfloat16), adapter)
     options = {"publish": "bfloat16", "dtype": "bfloat16", "quantization": quantization}
     sent = sent_by(base, adapter, dequantized=True, **options)
     assert sent.refusal is None

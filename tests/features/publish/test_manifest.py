@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import cmarkgfm
 import pytest
@@ -23,10 +25,6 @@ from merge_gate.features.publish.manifest import (
 from merge_gate.records.config import Combine
 from merge_gate.records.files import CARD_NAME, MANIFEST_NAME
 from tests.support import published, reports
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 
 def test_a_manifest_is_read_as_it_was_written(tmp_path: Path) -> None:

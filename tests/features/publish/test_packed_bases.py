@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,11 +23,7 @@ from merge_gate.files.feed import LocalFeed
 from merge_gate.records.config import PublishSpec
 from tests.support import bases, bases_broken, bases_good, methods
 from tests.support.engine.base_headers import stored_tensors
-from tests.support.engine.published import sent_by
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
+from tests.support.engine.published import different, sent_by, stored
 
 DRAFTS = {
     "nf4": bases_broken.bnb_4bit,
@@ -68,12 +64,11 @@ def test_the_published_files_have_plain_weights_and_nothing_else(base: Path) -> 
     model.written(PublicationWritten(task=0, checksums=tuple(sent.checksums.items())))
     model.complete()
     files = [*(base.parent / ".one.partial" / "model").glob("*.safetensors")]
-    tensors = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    tensors = stored(base.parent / ".one.partial" / "model")
     assert len(files) > 1 or not is_resharded
     assert abs(sum(file.stat().st_size for file in files) - expected_bytes) < 10_000, "the disk was asked for enough"
     theirs = dequantized_merge(base, base.parent / "adapter")
-    assert tensors.keys() == theirs.keys()
-    assert not [name for name in theirs if not torch.equal(tensors[name], theirs[name])]
+    assert different(tensors, theirs) == []
     model.discard()
 
 

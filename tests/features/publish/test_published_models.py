@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.command import merge_gate
 from tests.support.engine.plain_merge import peft_merge
+from tests.support.engine.published import dequantized_merge, different, stored
 from tests.support.models import VARIANTS, Shelf, load_for_training, read_tensors, save_adapter
 from tests.support.verify.verification import Verifier
 
@@ -69,29 +69,18 @@ def test_the_published_bits_are_pefts(
     name: str, published: Path, shelf: Shelf, caplog: pytest.LogCaptureFixture
 ) -> None:
     _, expected = peft_merge(shelf.base(VARIANTS[name].base), shelf.adapter(name), "auto")
-    model = loaded(published / "merged" / name, caplog)
-    tensors = model.state_dict()
-    assert tensors.keys() == expected.keys()
-    assert not [key for key in expected if not torch.equal(bits(tensors[key]), bits(expected[key]))]
-
-
-def bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    assert different(loaded(published / "merged" / name, caplog).state_dict(), expected) == []
 
 
 def test_a_cast_changes_every_floating_tensor(published: Path, shelf: Shelf) -> None:
     name = "sharded-base"
     _, expected = peft_merge(shelf.base(VARIANTS[name].base), shelf.adapter(name), "bfloat16")
     directory = published / "merged" / f"{name}-bfloat16"
-    tensors = tensors_of(directory)
+    tensors = stored(directory)
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert not [key for key in expected if not torch.equal(tensors[key], expected[key])]
     assert json.loads((directory / "config.json").read_text()).get("dtype") == "bfloat16"
     assert len([*directory.glob("*.safetensors")]) > 1
-
-
-def tensors_of(directory: Path) -> dict[str, torch.Tensor]:
-    return {name: tensor for path in directory.glob("*.safetensors") for name, tensor in load_file(path).items()}
 
 
 # --- tensors that the base's files lack ------------------------------------------------------------------------------
@@ -186,7 +175,6 @@ PACKINGS: dict[str, dict[str, Any]] = {
     "conv1d": NF4,
 }
 ADAPTERS_OF_PACKED = {"nf4": "every-projection", "nested": "rslora", "int8": "dora", "conv1d": "conv1d"}
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 @pytest.fixture(scope="module")
@@ -217,19 +205,10 @@ def load_packed(directory: Path, packing: BitsAndBytesConfig | None = None) -> A
 def test_a_stored_packed_base_is_published_plain(
     name: str, packed: Path, shelf: Shelf, caplog: pytest.LogCaptureFixture
 ) -> None:
-    adapter = ADAPTERS_OF_PACKED[name]
+    adapter, directory = ADAPTERS_OF_PACKED[name], packed / "merged" / f"{name}-bfloat16"
     with methods.quiet():
-        plain = load_packed(packed / name).dequantize(torch.bfloat16)
-        if name == "conv1d":  # transformers leaves it with transposed weights
-            values, plain = plain.state_dict(), load_packed(shelf.base(VARIANTS[adapter].base))
-            for key, tensor in plain.state_dict().items():
-                tensor.copy_(values[key].T if key.endswith(TRANSPOSED) else values[key])
-        merged = PeftModel.from_pretrained(plain, shelf.adapter(adapter)).merge_and_unload(safe_merge=True)
-    expected = merged.state_dict()
-    directory = packed / "merged" / f"{name}-bfloat16"
-    model = loaded(directory, caplog)
-    tensors = model.state_dict()
-    assert tensors.keys() == expected.keys()
-    assert not [key for key in expected if not torch.equal(bits(tensors[key]), bits(expected[key]))]
-    assert {tensor.dtype for tensor in tensors_of(directory).values()} == {torch.bfloat16}
+        plain = load_packed(shelf.base(VARIANTS[adapter].base))
+        expected = dequantized_merge(load_packed(packed / name), plain, shelf.adapter(adapter))
+    assert different(loaded(directory, caplog).state_dict(), expected) == []
+    assert {tensor.dtype for tensor in stored(directory).values()} == {torch.bfloat16}
     assert "quantization_config" not in json.loads((directory / "config.json").read_text())

@@ -5,17 +5,14 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.gating import one_thread
+from tests.support.models import Shelf
 from tests.support.verify.accounting import rich_base
 from tests.support.verify.merges import Scene
 from tests.support.verify.verification import Verifier
-
-if TYPE_CHECKING:
-    from tests.support.models import Shelf
 
 
 @pytest.fixture(scope="package", autouse=True)

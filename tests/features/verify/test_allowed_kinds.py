@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from merge_gate.cli.dispatch import main
 from merge_gate.judging.kinds import ALLOWED
+from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Verdict
-from tests.support.models import make_adapter, read_tensors, write_tensors
+from tests.support.models import Tensors, make_adapter, read_tensors, write_tensors
 from tests.support.verify.merges import WRONG, Recipe, Scene, peft_merge, weights_of, write_weights
 from tests.support.verify.verification import Verifier, errors
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from merge_gate.records.report import AdapterReport
-    from tests.support.models import Tensors
 
 VARIANT = "bfloat16-base"
 MERGED, UNTOUCHED = "layers.1.self_attn.q_proj.weight", "model.norm.weight"

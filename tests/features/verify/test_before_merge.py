@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -14,14 +13,12 @@ from merge_gate.features.verify import misplaced
 from merge_gate.features.verify.answer import architecture_finding
 from merge_gate.files.resolve import resolve_base
 from merge_gate.judging.kinds import ALLOWED
+from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import FailureKind, Severity, Verdict
 from tests.support.models import make_base
 from tests.support.verify.file_changes import added, both, edited, removed
 from tests.support.verify.merges import Scene, weights_of, write_weights
 from tests.support.verify.verification import Verifier
-
-if TYPE_CHECKING:
-    from merge_gate.records.report import AdapterReport
 
 VARIANT = "bfloat16-base"
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from merge_gate.records.terms import Severity
 from tests.support.verify.accounting import TEMPLATE, account, kinds, saved_by_transformers_4, saved_by_transformers_5
@@ -18,6 +20,7 @@ from tests.support.verify.file_changes import (
     PROCESSOR,
     SETTINGS,
     TOKENIZER,
+    Change,
     added,
     both,
     copies,
@@ -30,13 +33,6 @@ from tests.support.verify.file_changes import (
     swapped,
     write,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from _pytest.mark import ParameterSet
-
-    from tests.support.verify.file_changes import Change
 
 
 def encoded(name: str, encoding: str) -> Change:

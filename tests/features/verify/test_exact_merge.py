@@ -6,7 +6,9 @@ import copy
 import itertools
 import math
 import random
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,17 +17,11 @@ from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.blocks.delta import LowRankUpdate
 from merge_gate.features.verify import exact_merge
 from merge_gate.features.verify.comparison import Comparison, TensorComparison
-from merge_gate.features.verify.exact_merge import Fit, lora_rows
+from merge_gate.features.verify.exact_merge import ExactRows, Fit, lora_rows
 from merge_gate.features.verify.tensor_findings import bias_limit
 from merge_gate.files.preflight import preflight
 from tests.support import methods
 from tests.support.gating import Gate
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-    from pathlib import Path
-
-    from merge_gate.features.verify.exact_merge import ExactRows
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor, float]

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from merge_gate.features.verify.expected_differences import ROWS, Expectation
 from merge_gate.records.terms import Severity
 from tests.support.verify.accounting import account, saved_by_transformers_4, saved_by_transformers_5
-from tests.support.verify.file_changes import CONFIG, GENERATION, SETTINGS, both, edited, older_config, reordered
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.verify.file_changes import Change
+from tests.support.verify.file_changes import (
+    CONFIG,
+    GENERATION,
+    SETTINGS,
+    Change,
+    both,
+    edited,
+    older_config,
+    reordered,
+)
 
 COPIED = Expectation(has_base_tensors_only=True)
 TENSORS = Expectation(resized=frozenset({(64, 72)}), is_untied=True, has_base_tensors_only=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,10 +22,6 @@ from merge_gate.files.preflight import preflight
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_base
 from tests.support.verify.merges import RIGHT, WRONG, Scene
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 RECIPES = {recipe.name: recipe for recipe in (*RIGHT, *WRONG)}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from tokenizers import processors
@@ -23,6 +22,7 @@ from tests.support.verify.file_changes import (
     PROCESSOR,
     SETTINGS,
     TOKENIZER,
+    Change,
     added,
     copies,
     edited,
@@ -32,9 +32,6 @@ from tests.support.verify.file_changes import (
     swapped,
     write,
 )
-
-if TYPE_CHECKING:
-    from tests.support.verify.file_changes import Change
 
 JOINT = "processor_config.json"
 T, S, G, X = "tokenizer-differs", "stop-tokens-differ", "settings-differ", "chat-template-differs"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from peft import PeftModel
 
+from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods
 from tests.support.engine import architectures
@@ -15,11 +16,6 @@ from tests.support.verify.accounting import EXPORTS
 from tests.support.verify.merges import EXACT, RIGHT, WRONG, Recipe, Scene, weights_of, write_weights
 from tests.support.verify.random_changes import Place, failures, places
 from tests.support.verify.verification import Verifier, errors, told
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.records.report import AdapterReport
 
 IN_MAKE_TEST = {"all-linear", "dora", "modules-to-save", "resized-vocabulary", "conv1d", "fused-experts", "tied-base"}
 """The variants of `EXACT` that `make test` verifies; the others are slow."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +13,6 @@ from merge_gate.records.terms import Severity
 from tests.support.models import make_adapter
 from tests.support.verify.merges import Scene, peft_merge, weights_of, write_weights
 from tests.support.verify.verification import Verifier
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 VARIANT = "bfloat16-base"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -16,9 +15,6 @@ from tests.support.published import flip
 from tests.support.verify.accounting import EXPORTS
 from tests.support.verify.file_changes import edited
 from tests.support.verify.merges import Scene
-
-if TYPE_CHECKING:
-    pass
 
 VARIANT = "bfloat16-base"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -12,17 +13,12 @@ from merge_gate._internal.earlier_reports import refuse_run
 from merge_gate._internal.errors import UsageError
 from merge_gate.cli.dispatch import main
 from merge_gate.records.files import MANIFEST_NAME
+from merge_gate.records.report import Report
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support import published
 from tests.support.reports import EMPTY, FAIL, PASS
 from tests.support.tried import tried
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from merge_gate.records.report import Report
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -138,3 +139,41 @@ def in_dtype(base: Path, directory: Path, dtype: str) -> Path:
         tensors = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(file).items()}
         save_file(tensors, file, {"format": "pt"})
     return configured(directory, dtype=dtype)
+
+
+# --- what was published, against PEFT --------------------------------------------------------------------------------
+
+_TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def stored(directory: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def dequantized_merge(packed: Any, plain: Any, adapter: Path) -> dict[str, torch.Tensor]:
+    """PEFT's merge into a packed model, as transformers recommends it for QLoRA: `dequantize`, and then merge.
+
+    transformers leaves the weights of a Conv1D transposed. `plain` is a model of the base, and gets the right ones.
+    """
+    values = packed.dequantize(torch.bfloat16).state_dict()
+    for name, tensor in plain.state_dict().items():
+        tensor.copy_(values[name].T if name.endswith(_TRANSPOSED) else values[name])
+    merged: dict[str, torch.Tensor] = (
+        PeftModel.from_pretrained(plain, adapter).merge_and_unload(safe_merge=True).state_dict()
+    )
+    return merged
+
+
+def different(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that do not have the same bits in both."""
+    return [name for name in left.keys() | right.keys() if not _is_same(left.get(name), right.get(name))]
+
+
+def _is_same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
+    if one is None or other is None or one.dtype is not other.dtype or one.shape != other.shape:
+        return False
+    ours, theirs = (
+        tensor.detach().contiguous().view(-1).view(_INTEGERS[tensor.element_size()]) for tensor in (one, other)
+    )
+    return torch.equal(ours, theirs)

@@ -6,8 +6,8 @@ In: directories. Out: findings. The worker's part runs in this process.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
@@ -18,14 +18,9 @@ from merge_gate.features.verify.expected_differences import Expectation
 from merge_gate.features.verify.finished_settings import read_settings
 from merge_gate.files.base_files import read_base
 from merge_gate.records.files import AdapterFiles, Entry, Snapshot
-from merge_gate.records.terms import Severity
+from merge_gate.records.terms import Finding, Severity
 from tests.support.gating import SPEC
 from tests.support.verify.file_changes import CONFIG, GENERATION, PROCESSOR, SETTINGS, TOKENIZER, edited, read, write
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from merge_gate.records.terms import Finding
 
 EXPORTS = Path(__file__).parents[2] / "features" / "verify" / "exports"
 TEMPLATE = "{% for message in messages %}<s>{{ message['content'] }}</s>\n{% endfor %}"

@@ -10,9 +10,10 @@ import json
 import math
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,12 +30,7 @@ from tests.support.models import (
     read_tensors,
     write_config,
 )
-from tests.support.verify.file_changes import added, edited, removed
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.support.verify.file_changes import Change
+from tests.support.verify.file_changes import Change, added, edited, removed
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 VARIANT = "bfloat16-base"

@@ -11,23 +11,20 @@ import json
 import random
 import shutil
 import string
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from merge_gate._internal.companion_names import is_harmless
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate.features.verify.comparison import ReadSettings
 from merge_gate.features.verify.expected_differences import same
 from merge_gate.features.verify.finished_settings import _normal
 from merge_gate.records.files import MANIFEST_NAME
 from merge_gate.records.terms import Severity
 from tests.support.verify.accounting import account, rich_base, saved_by_transformers_4, saved_by_transformers_5
 from tests.support.verify.file_changes import write
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from merge_gate.features.verify.comparison import ReadSettings
 
 WEIGHTS = "model.safetensors"
 VALUES = (None, True, False, 0, 1, -1, 7, 0.5, 1e30, "", "evil", "</s>", "float16", [], [1], {}, {"a": 1}, "x" * 50)

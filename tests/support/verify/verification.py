@@ -5,29 +5,24 @@ In: directories. Out: the report's entry on the finished one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from merge_gate._internal.errors import ResolveError
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base import accounting
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.features.verify import answer, finished_model
-from merge_gate.features.verify.comparison import Comparison
+from merge_gate.features.verify.comparison import Comparison, SettingsFiles
 from merge_gate.features.verify.directory import settings_files
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.preflight import preflight
 from merge_gate.files.resolve import resolve_base
 from merge_gate.records.files import Entry, Snapshot
+from merge_gate.records.measured import Evidence
+from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Severity
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.gating import SPEC, Gate
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.features.verify.comparison import SettingsFiles
-    from merge_gate.records.measured import Evidence
-    from merge_gate.records.report import AdapterReport
 
 
 class Verifier:
