@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -100,22 +99,6 @@ def test_a_runner_that_debugs_debugs_the_gate_inside(
     assert "MERGE_GATE_DEBUG" not in container.environment(replace(run, environ={variable: ""}), prepared)
 
 
-@pytest.mark.parametrize(
-    ("facts", "gpus", "visible"),
-    [
-        ({"podman": True}, "0", "void"),
-        ({"cdi_gpus": True}, "all", "void"),
-        ({"nvidia_runtime": True}, "all", "all"),
-        ({"nvidia_runtime": True}, "0,1", "0,1"),
-        ({"nvidia_runtime": True}, "", "void"),
-    ],
-)
-def test_the_image_asks_for_no_gpu_beside_the_given_ones(run, prepared, facts, gpus, visible) -> None:
-    environ = container.environment(replace(run, gpus=gpus), replace(prepared, engine=replace(PLAIN, **facts)))
-    assert environ.get("NVIDIA_VISIBLE_DEVICES") == visible
-    assert environ.get("MERGE_GATE_GPUS", "") == gpus
-
-
 def test_a_companys_own_authority_is_there_inside(
     run: ContainerRun, prepared: PreparedContainer, tmp_path: Path
 ) -> None:
@@ -138,13 +121,6 @@ def test_the_secret_of_the_cache_is_seen_by_nobody(run: ContainerRun, prepared: 
     assert key not in str(environ)
     assert environ["MERGE_GATE_PLACE"] == "a/b run 7"
     assert container.handed_over(run) == {"MERGE_GATE_CACHE_KEY": key}
-
-
-def test_the_caller_keeps_all_groups() -> None:
-    caller = container._caller(PLAIN)
-    assert caller["user"] == f"{os.getuid()}:{os.getgid()}"
-    assert {int(group) for group in caller["group_add"]} | {os.getgid()} == {*os.getgroups(), os.getgid()}
-    assert container._caller(replace(PLAIN, rootless=True)) == {"user": "0:0"}
 
 
 @pytest.mark.parametrize(

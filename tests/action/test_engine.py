@@ -118,6 +118,8 @@ def test_a_run_gives_exit_code_log_and_report_and_leaves_nothing(run, engine: En
     assert asked["Cmd"][:2] == ["run", "gate.yml"]
     assert asked["WorkingDir"] == str(run.workspace)
     host = asked["HostConfig"]
+    assert asked["User"] == f"{os.getuid()}:{os.getgid()}"
+    assert {*map(int, host.get("GroupAdd") or ()), os.getgid()} == {*os.getgroups(), os.getgid()}
     assert (host["CapDrop"], host["SecurityOpt"], host["ReadonlyRootfs"]) == (["ALL"], ["no-new-privileges"], True)
     assert engine_spec.devices(asked) == []
     assert not [request for request in engine.asked if request.endswith("/attach")], "there is nothing to hand over"
@@ -172,11 +174,13 @@ def test_a_run_without_the_hub_has_no_network(run, engine: Engine, heard: Heard,
 
 
 def test_an_engine_is_served_as_it_says_that_it_is(run, engine: Engine, heard: Heard) -> None:
-    engine.info["SecurityOptions"] = ["name=selinux", "name=userns"]
+    engine.info |= RUNTIME | {"SecurityOptions": ["name=selinux", "name=userns", "name=rootless"]}
     heard.run(run)
     host = engine.container.asked["HostConfig"]
     assert host["SecurityOpt"] == ["no-new-privileges", "label=disable"]
-    assert host["UsernsMode"] == "host"
+    assert (host["UsernsMode"], engine.container.asked["User"]) == ("host", "0:0")
+    assert engine.container.environ["NVIDIA_VISIBLE_DEVICES"] == "void", "the image asks for all GPUs"
+    assert "MERGE_GATE_GPUS" not in engine.container.environ
 
 
 # --- images ----------------------------------------------------------------------------------------------------------

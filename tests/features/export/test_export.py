@@ -139,18 +139,6 @@ def test_an_unchanged_export_is_replaced_and_no_changed_one(exported: Path, shel
     assert digests(place) == before
 
 
-@pytest.mark.slow
-def test_an_export_that_a_kill_took_away_is_put_back(exported: Path, shelf: Shelf, tmp_path: Path) -> None:
-    """On a file system that cannot exchange directories, a kill between two renames leaves this."""
-    lay(shelf, tmp_path)
-    shutil.copytree(exported / "out", tmp_path / ".out.partial" / "replaced")
-    (tmp_path / ".out.partial" / "model").mkdir()
-    (tmp_path / ".out.partial" / "written-by-merge-gate").touch()
-    assert export(tmp_path) == 0
-    assert record(tmp_path)["scale_in"] == "lora_alpha"
-    assert is_clean(tmp_path)
-
-
 def test_a_kill_before_the_look_leaves_an_export_to_remove(exported: Path, tmp_path: Path) -> None:
     """A killed run's leftover of an earlier export is recognized by its record."""
     shutil.copytree(exported / "out", tmp_path / "one")
