@@ -64,17 +64,16 @@ class GgufRelease:
 
     def read(self, name: str) -> torch.Tensor:
         parsed: dict[str, Any] = {"tensors": {}}
-        for tensor in self._tensors[name]:
-            made = self._processor.process(
-                weights=self._values(tensor),
-                name=tensor.name,
-                tensor_key_mapping=self._names,
-                parsed_parameters=parsed,
-            )
-            if made.name is not None:
-                parsed["tensors"][name] = torch.from_numpy(made.weights.copy())
-        values: torch.Tensor = parsed["tensors"][name]
-        return values.float()
+        more = {"tensor_key_mapping": self._names, "parsed_parameters": parsed}
+        try:
+            for tensor in self._tensors[name]:
+                made = self._processor.process(weights=self._values(tensor), name=tensor.name, **more)
+                if made.name is not None:
+                    parsed["tensors"][name] = torch.as_tensor(made.weights)
+            values: torch.Tensor = parsed["tensors"][name]
+        except (NotImplementedError, ValueError, LookupError, RuntimeError) as error:  # of gguf and transformers
+            raise EngineError(f"the GGUF file's {quoted(name, 120)} cannot be read: {str(error)[:200]}") from error
+        return values.float().contiguous()
 
     def _values(self, tensor: GgufTensor) -> Any:
         """The values of a tensor as the file has them, in float32."""
@@ -82,22 +81,13 @@ class GgufRelease:
         row_bytes, kind = tensor.size_bytes // rows, self._types[tensor.type]
         values, step = torch.empty(rows, tensor.shape[-1]), max(1, BLOCK // tensor.shape[-1])
         for start in range(0, rows, step):
-            count = min(step, rows - start)
-            packed = torch.empty(count, row_bytes, dtype=torch.uint8)
-            self._fill(packed, tensor, start * row_bytes)
-            try:
-                block = self._gguf.quants.dequantize(packed.numpy(), kind)
-            except NotImplementedError as error:
-                raise EngineError(
-                    f"the package gguf cannot dequantize {kind.name}, the type of {tensor.name}"
-                ) from error
-            values[start : start + count] = torch.from_numpy(block.reshape(count, -1).astype("float32", copy=False))
+            packed = torch.empty(min(step, rows - start), row_bytes, dtype=torch.uint8)
+            place = tensor.start + start * row_bytes
+            if os.preadv(self._file.fileno(), [packed.numpy().data.cast("B")], place) != packed.numel():
+                raise SourceError(f"the GGUF file ends within its tensor {quoted(tensor.name, 120)}")
+            block = torch.as_tensor(self._gguf.quants.dequantize(packed.numpy(), kind))
+            values[start : start + len(packed)] = block.view(len(packed), -1)
         return values.reshape(tensor.shape).numpy()
-
-    def _fill(self, packed: torch.Tensor, tensor: GgufTensor, offset: int) -> None:
-        got = os.preadv(self._file.fileno(), [packed.numpy().data.cast("B")], tensor.start + offset)
-        if got != packed.numel():
-            raise SourceError(f"expected {packed.numel():,} bytes of {quoted(tensor.name, 120)}, got {got:,}")
 
     def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
         """As the release's type. Rows that were exchanged have the same blocks, and a transposed tensor has others."""

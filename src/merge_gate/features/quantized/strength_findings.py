@@ -2,10 +2,9 @@
 
 In: a `Measurement`, those of other candidates, and the adapter's config. Out: findings. Imports no torch.
 
-1. The strengths of all tensors are pooled, weighted by their errors.
-2. If the error of the pooled strength is too large, nothing is said about the release.
-3. Residuals and untouched tensors that are further from the base than the noise of their format show another base.
-4. All strengths are 1, 0, or another factor, or some layers have none. Each comparison allows for its error.
+1. The strengths of all tensors are pooled, weighted by their errors. If the error is too large, nothing is said.
+2. Residuals and untouched tensors that are further from the base than the noise of their format show another base.
+3. All strengths are 1, 0, or another factor, or some layers have none. Each comparison allows for its error.
 """
 
 from __future__ import annotations
@@ -18,34 +17,23 @@ from typing import Any, NamedTuple
 
 from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.features.quantized.measurement import TOLERANCE, Measurement, TensorStrength
-from merge_gate.features.verify.tensor_findings import reasons
+from merge_gate.features.verify.tensor_findings import MOST_UNTOUCHED, reasons
 from merge_gate.judging.kinds import finding
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.terms import Finding, Origin
 
-MOST_ERROR = 0.25
-"""Above this error, 0 and 1 cannot be told apart."""
+MOST_ERROR, LEAST_STRENGTH = 0.25, 0.9
+"""Above this error, 0 and 1 cannot be told apart. Below this strength, rounding may have erased the delta."""
 
-LEAST_STRENGTH = 0.9
-"""Below this strength, rounding may have erased the delta."""
+CHANCE, POOLED_ERRORS, LEAST_BEND = 0.01, 3.0, 5.0
+"""How often errors of right merges exceed the limit in all tensors together; limits in standard errors."""
 
-CHANCE = 0.01
-"""Errors of right merges exceed the limits this often in all tensors together."""
-
-POOLED_ERRORS = 3.0
 FACTOR_TOLERANCE = 0.05
-LEAST_BEND = 5.0
-MOST_UNITS = 2.0
-"""A tensor whose distance is more than twice the noise of its format has other values."""
+MOST_UNITS, MOST_UNITS_OF_OTHERS, MOST_FLOAT_DISTANCE = 2.0, 3.0, 0.01
+"""Tensors with other values are further away than so many times their noise, or that of others of their kind. Plain
+floats are the base's, rounded to 16 bits."""
 
-MOST_UNITS_OF_OTHERS = 3.0
-"""The same, if the noise is that of other tensors of this format."""
-
-MOST_FLOAT_DISTANCE = 0.01
-"""Plain floats are the base's, rounded to 16 bits."""
-
-MOST_OTHERS = 0.5
 MORE_LIKELY = 30.0
 """A candidate fits better if twice the logarithm of the likelihoods' ratio is above this."""
 
@@ -62,38 +50,36 @@ class Strength(NamedTuple):
         return abs(self.value - value) <= tolerance * max(1.0, abs(value)) + errors * self.error
 
     def __str__(self) -> str:
-        return f"{round(self.value, 2) or 0.0:.2f} ± {math.ceil(self.error * 100) / 100:.2f}"
+        return f"{round(self.value, 2) or 0.0:.2f} ± {math.ceil(min(self.error, 99) * 100) / 100:.2f}"
 
 
 def pooled(tensors: Iterable[TensorStrength]) -> Strength:
-    """Step 1: the mean strength, weighted by errors of at least half the tolerance."""
-    known = [(tensor.strength, tensor.error) for tensor in tensors if math.isfinite(tensor.error)]
-    weights = [1 / (error**2 + (TOLERANCE / 2) ** 2) for _, error in known]
+    """Step 1: the mean strength. Errors count as half the tolerance at least."""
+    known = [(t.strength, t.error, 1 / (t.error**2 + (TOLERANCE / 2) ** 2)) for t in tensors if math.isfinite(t.error)]
     if not known:
         return Strength(0.0, math.inf)
-    total = sum(weights)
-    value = sum(weight * strength for weight, (strength, _) in zip(weights, known, strict=True)) / total
-    squares = sum((weight * error) ** 2 for weight, (_, error) in zip(weights, known, strict=True))
-    return Strength(value, math.sqrt(squares) / total)
+    total = sum(weight for _, _, weight in known)
+    value = sum(weight * strength for strength, _, weight in known) / total
+    return Strength(value, math.sqrt(sum((weight * error) ** 2 for _, error, weight in known)) / total)
 
 
 class _Release:
     """The tensors of one measurement, and what they say together."""
 
     def __init__(self, measurement: Measurement) -> None:
-        tensors = [tensor for tensor in measurement.tensors if not tensor.nonfinite]
-        self.format = measurement.format
-        self.touched = [tensor for tensor in tensors if tensor.touched and tensor.delta]
-        self.others = [tensor for tensor in tensors if not tensor.touched]
-        self.pooled = pooled(self.touched)
+        self.touched = [t for t in measurement.tensors if t.touched and t.delta and not t.nonfinite]
+        self.others = [t for t in measurement.tensors if not t.touched and not t.nonfinite]
         self.parts = [tensor for tensor in self.touched if math.isfinite(tensor.error)]
+        self.pooled = pooled(self.parts)
         self.errors = NormalDist().inv_cdf(1 - CHANCE / 2 / max(1, len(self.parts)))
-        self.noise = math.sqrt(sum(tensor.noise**2 for tensor in self.touched))
-        self.delta = math.sqrt(sum(tensor.delta**2 for tensor in self.touched))
+        noise, delta = (math.sqrt(sum(getattr(t, what) ** 2 for t in self.touched)) for what in ("noise", "delta"))
+        self.figures: dict[str, Any] = {"factor": self.pooled.value, "error": self.pooled.error}
+        self.figures["noise"] = ratio = noise / delta if delta else math.inf
+        self.noise = f"the noise of {measurement.format} is {ratio:,.2g} times its size"
 
-    def far_from(self, value: float, tolerance: float = TOLERANCE) -> list[TensorStrength]:
+    def far_from(self, value: float) -> list[TensorStrength]:
         """The tensors whose strength is not this value."""
-        return [tensor for tensor in self.parts if not _strength(tensor).is_near(value, self.errors, tolerance)]
+        return [tensor for tensor in self.parts if not _strength(tensor).is_near(value, self.errors)]
 
     @property
     def is_applied(self) -> bool:
@@ -113,18 +99,14 @@ class _Release:
         shares: dict[str, list[float]] = defaultdict(list)
         for tensor in self.touched:
             shares[tensor.kind].append((tensor.own_noise or tensor.noise) / (tensor.weight or 1.0))
-        usual = {kind: median(values) for kind, values in shares.items()}
+        usual = {kind: MOST_UNITS_OF_OTHERS * median(values) for kind, values in shares.items()}
+        usual[""] = MOST_FLOAT_DISTANCE
         odd = [t for t in self.touched if t.kind and t.own_noise and t.noise > MOST_UNITS * t.own_noise]
-        return odd, [tensor for tensor in self.others if _is_far(tensor, usual.get(tensor.kind))]
-
-
-def _is_far(tensor: TensorStrength, usual: float | None) -> bool:
-    share = tensor.distance / (tensor.weight or 1.0)
-    if not tensor.kind:
-        return share > MOST_FLOAT_DISTANCE
-    if tensor.own_noise is not None:
-        return tensor.distance > MOST_UNITS * tensor.own_noise
-    return usual is not None and share > MOST_UNITS_OF_OTHERS * usual
+        limits = (
+            (t, MOST_UNITS * t.own_noise if t.own_noise else t.weight * usual.get(t.kind, math.inf))
+            for t in self.others
+        )
+        return odd, [tensor for tensor, limit in limits if tensor.distance > limit]
 
 
 def _strength(tensor: TensorStrength) -> Strength:
@@ -135,108 +117,80 @@ def strength_findings(
     measurement: Measurement, candidates: Mapping[str, Measurement], *, adapter: str, config: AdapterConfig
 ) -> Iterator[Finding]:
     """The findings on a release."""
+    release, adapter = _Release(measurement), quoted(adapter, 200, "")
     yield from _unfit(measurement)
-    release = _Release(measurement)
     yield from _per_tensor(release)
     odd, far = release.odd_noise()
+    is_odd = len(odd) > MOST_UNTOUCHED * len(release.touched)
     if 2 * sum(tensor.rotated for tensor in far) > len(release.others):
         what = (
-            "the release is rotated, as by QuaRot or SpinQuant: rows or columns have the base's norms, and other values"
+            "the release is rotated, as by QuaRot or SpinQuant: rows or columns have the base's norms, not its values"
         )
         yield not_judged(what, "verify the merged model before it is rotated and quantized", origin=Origin.MODEL)
         return
-    is_other_base = len(far) > MOST_OTHERS * len(release.others)
-    if is_other_base or (len(odd) > MOST_OTHERS * len(release.touched) and not release.others):
-        yield _wrong_base(release, odd, far)
+    if len(far) > MOST_UNTOUCHED * len(release.others) or (is_odd and not release.others):
+        what = f"{len(far) + len(odd):,} of {counted(len(release.others) + len(release.touched), 'tensor')}"
+        message = f"{what} differ from the base by more than the noise of {measurement.format}: {_listed([*far, *odd])}"
+        yield finding("wrong-base", message, tensor=(far or odd)[0].name)
         return
-    if (carrier := _candidate(release, {name: _Release(found) for name, found in candidates.items()})) is not None:
-        yield carrier
-        return
-    if release.pooled.error > MOST_ERROR:
-        yield _not_measurable(release, adapter)
-    elif release.is_applied:
-        yield _applied(release, adapter)
-    elif len(odd) > MOST_OTHERS * len(release.touched) and not release.is_erased:
-        yield _unexplained(release, odd, has_candidates=bool(candidates))
-    else:
-        yield from _misapplied(release, adapter, config)
-    if far:
-        message = (
-            f"{counted(len(far), 'tensor')} that the adapter does not touch differ from the base by more than noise"
+    at = f"{release.pooled} of its strength"
+    for name, other in ((name, _Release(compared)) for name, compared in candidates.items()):
+        if other.is_applied and (not release.is_applied or _fits_better(other, release)):
+            message = (
+                f"the candidate {quoted(name, 200)} is in it at {other.pooled} of its strength, the adapter at {at}"
+            )
+            yield finding("other-candidate", message, **release.figures)
+            return
+    if math.isinf(release.pooled.error):
+        why = "its delta is parallel to the weights, and quantizers scale these too"
+        yield finding(
+            "not-measurable", f"{adapter} cannot be measured: {why if release.touched else 'it changes nothing'}"
         )
-        yield finding("base-changed", f"{message}: {_listed(far)}", tensor=far[0].name, tensors=len(far))
+    elif release.pooled.error > MOST_ERROR:
+        yield finding(
+            "not-measurable", f"{adapter} cannot be measured: it is at {at}; {release.noise}", **release.figures
+        )
+    elif release.is_applied:
+        vague = sum(not tensor.error <= MOST_ERROR for tensor in release.touched)
+        more = f". {vague:,} of {counted(len(release.touched), 'tensor')} cannot be measured alone" if vague else ""
+        yield finding("applied", f"{adapter} is in this release at {at}; {release.noise}{more}", **release.figures)
+    elif is_odd and not release.is_erased:
+        what = (
+            f"{counted(len(odd), 'tensor')} that the adapter changes differ from the base by more than noise and delta"
+        )
+        hint = "check the base and its revision: no candidate has these values" if candidates else ""
+        message = f"{what}, and the adapter is in them at {at}: {_listed(odd)}"
+        yield finding("unexplained", message, tensor=odd[0].name, hint=hint, **release.figures)
+    else:
+        yield _misapplied(release, f"{adapter} is in this release at {at}", config)
+    if far:
+        what = f"{counted(len(far), 'tensor')} that the adapter does not touch differ from the base by more than noise"
+        yield finding("base-changed", f"{what}: {_listed(far)}", tensor=far[0].name, tensors=len(far))
 
 
 def _unfit(measurement: Measurement) -> Iterator[Finding]:
-    if measurement.absent:
-        names = listing([quoted(name, 120) for name in measurement.absent], LISTED)
-        what = counted(
-            len(measurement.absent), "tensor that the merge changes is", "tensors that the merge changes are"
-        )
-        yield finding("not-carried", f"{what} not in the release: {names}", tensor=measurement.absent[0])
+    if absent := measurement.absent:
+        what = counted(len(absent), "tensor that the merge changes is", "tensors that the merge changes are")
+        names = listing([quoted(name, 120) for name in absent], LISTED)
+        yield finding("not-carried", f"{what} not in the release: {names}", tensor=absent[0])
     if bad := [tensor for tensor in measurement.tensors if tensor.nonfinite]:
-        total = sum(tensor.nonfinite for tensor in bad)
-        message = f"{counted(total, 'value')} of {counted(len(bad), 'tensor')} are NaN or Inf: {_listed(bad)}"
-        yield finding("nonfinite", message, tensor=bad[0].name, values=total)
-    if odd := [tensor for tensor in measurement.tensors if tensor.shape != tensor.expected_shape]:
-        first = odd[0]
-        message = f"{quoted(first.name, 120)} has {list(first.shape)}, expected {list(first.expected_shape)}"
-        what = counted(len(odd), "tensor has", "tensors have")
-        yield finding("shape-changed", f"{what} another shape than in the merge: {message}", tensor=first.name)
+        what = f"{counted(sum(tensor.nonfinite for tensor in bad), 'value')} of {counted(len(bad), 'tensor')}"
+        yield finding("nonfinite", f"{what} are NaN or Inf: {_listed(bad)}", tensor=bad[0].name)
+    for tensor in [tensor for tensor in measurement.tensors if tensor.shape != tensor.expected_shape][:LISTED]:
+        message = f"a tensor has the shape {list(tensor.shape)}, expected {list(tensor.expected_shape)} as in the merge"
+        yield finding("shape-changed", message, tensor=tensor.name)
 
 
 def _per_tensor(release: _Release) -> Iterator[Finding]:
     """A note on each tensor, those first that are furthest from 1."""
     for tensor in sorted(release.parts, key=lambda tensor: -abs(tensor.strength - 1) / (tensor.error + TOLERANCE)):
-        ratio = tensor.noise / tensor.delta
+        (factor, error), ratio = _strength(tensor), tensor.noise / tensor.delta
         message = f"the delta is in it {_strength(tensor)} times; the noise is {ratio:,.2g} times its size"
-        factor, error = _strength(tensor)
         yield finding("strength", message, tensor=tensor.name, factor=factor, error=error, noise=ratio)
 
 
 def _listed(tensors: Sequence[TensorStrength]) -> str:
     return listing([quoted(tensor.name, 120) for tensor in tensors], LISTED)
-
-
-def _figures(release: _Release) -> dict[str, Any]:
-    return {"factor": release.pooled.value, "error": release.pooled.error, "noise": release.noise / release.delta}
-
-
-def _noise(release: _Release) -> str:
-    ratio = release.noise / release.delta
-    return f"the noise of {release.format} is {ratio:,.2g} times its size"
-
-
-def _applied(release: _Release, adapter: str) -> Finding:
-    message = f"{quoted(adapter, 200, '')} is in this release at {release.pooled} of its strength; {_noise(release)}"
-    if vague := [tensor for tensor in release.touched if not tensor.error <= MOST_ERROR]:
-        message += f". {len(vague):,} of {counted(len(release.touched), 'tensor')} cannot be measured alone"
-    return finding("applied", message, **_figures(release))
-
-
-def _not_measurable(release: _Release, adapter: str) -> Finding:
-    if not release.touched:
-        return finding("not-measurable", "the merge changes no tensor of the release")
-    if math.isinf(release.pooled.error):
-        why = "its delta is parallel to the weights, and quantizers scale those, too"
-    else:
-        why = f"its strength is {release.pooled}, and errors above {MOST_ERROR} tell nothing; {_noise(release)}"
-    return finding("not-measurable", f"{quoted(adapter, 200, '')} cannot be measured: {why}", **_figures(release))
-
-
-def _wrong_base(release: _Release, odd: list[TensorStrength], far: list[TensorStrength]) -> Finding:
-    all_far = [*far, *odd]
-    whole = len(release.others) + len(release.touched)
-    what = f"{len(all_far):,} of {counted(whole, 'tensor')} differ from the base by more than the noise"
-    return finding("wrong-base", f"{what} of {release.format}: {_listed(all_far)}", tensor=all_far[0].name)
-
-
-def _candidate(release: _Release, candidates: Mapping[str, _Release]) -> Finding | None:
-    for name, other in candidates.items():
-        if other.is_applied and (not release.is_applied or _fits_better(other, release)):
-            message = f"the candidate {quoted(name, 200)} is in it at {other.pooled} of its strength, and the adapter"
-            return finding("other-candidate", f"{message} at {release.pooled}", factor=release.pooled.value)
-    return None
 
 
 def _fits_better(first: _Release, second: _Release) -> bool:
@@ -245,43 +199,27 @@ def _fits_better(first: _Release, second: _Release) -> bool:
     return sum(2 * numel * math.log(own / other) for numel, own, other in both) > MORE_LIKELY
 
 
-def _unexplained(release: _Release, odd: list[TensorStrength], *, has_candidates: bool) -> Finding:
-    message = (
-        f"{counted(len(odd), 'tensor')} that the adapter changes differ from the base by more than the noise and the "
-        f"delta, which is in them {release.pooled} times: {_listed(odd)}"
-    )
-    hint = "check the base and its revision: no candidate has these values" if has_candidates else ""
-    return finding("unexplained", message, tensor=odd[0].name, hint=hint, **_figures(release))
-
-
-def _misapplied(release: _Release, adapter: str, config: AdapterConfig) -> Iterator[Finding]:
-    """Step 4, for a release that does not have the delta once."""
+def _misapplied(release: _Release, at: str, config: AdapterConfig) -> Finding:
+    """Step 3, for a release that does not have the delta once."""
     far, has_delta = release.far_from(1), {tensor.name for tensor in release.far_from(0)}
     missing = [tensor for tensor in far if tensor.name not in has_delta]
-    full = [tensor for tensor in release.parts if tensor.name in has_delta and tensor not in far]
-    at = f"{quoted(adapter, 200, '')} is in this release at {release.pooled} of its strength"
+    is_full = len(far) < len(release.parts) and any(t.name in has_delta for t in release.parts if t not in far)
+    changed = [tensor.changed for tensor in release.parts if tensor.changed is not None]
     if release.is_erased:
-        changed = [tensor.changed for tensor in release.parts if tensor.changed]
-        codes = f", and {sum(changed) / len(changed):.1%} of the values are not its own" if changed else ""
-        message = f"{at}: it was merged into the codes of the quantized base{codes}; {_noise(release)}"
-        yield finding("erased", message, **_figures(release))
-    elif missing and full:
-        left = pooled(missing)
+        codes = f", and {sum(changed) / len(changed):.1%} of the values are not its own" if any(changed) else ""
+        message = f"{at}: it was merged into the codes of the quantized base{codes}; {release.noise}"
+        return finding("erased", message, **release.figures)
+    if missing and is_full:
         what = f"{len(missing):,} of {counted(len(release.touched), 'tensor')} that the adapter changes have the delta"
-        message = f"{what} {left} times, expected once: {_listed(missing)}"
-        yield finding(
-            "applied-in-part", message, tensor=missing[0].name, **_figures(release) | {"tensors": len(missing)}
-        )
-    elif release.pooled.is_near(0, POOLED_ERRORS):
-        same = [tensor.changed for tensor in release.parts if tensor.changed is not None]
+        message = f"{what} {pooled(missing)} times, expected once: {_listed(missing)}"
+        return finding("applied-in-part", message, tensor=missing[0].name, **release.figures)
+    if release.pooled.is_near(0, POOLED_ERRORS):
         codes = "; no code differs from those of the quantized base, as after a merge into its codes that left nothing"
-        message = f"{at}; {_noise(release)}{codes if same and not any(same) else ''}"
-        yield finding("not-applied", message, tensor=release.parts[0].name, **_figures(release))
-    else:
-        odd = far or release.parts
-        factor = pooled(odd)
-        kind = "applied-twice" if factor.is_near(2, POOLED_ERRORS, FACTOR_TOLERANCE) else "other-strength"
-        where = "all tensors" if len(odd) == len(release.parts) or not full else _listed(odd)
-        why = ", or ".join(reasons(factor.value, config))
-        message = f"the delta is in {where} {factor} times, expected once" + (f": {why}" if why else "")
-        yield finding(kind, message, tensor=odd[0].name, **_figures(release) | {"factor": factor.value})
+        message = f"{at}; {release.noise}{codes if changed and not any(changed) else ''}"
+        return finding("not-applied", message, tensor=release.parts[0].name, **release.figures)
+    odd = far or release.parts
+    factor = pooled(odd)
+    where, why = _listed(odd) if is_full else "all tensors", ", or ".join(reasons(factor.value, config))
+    message = f"the delta is in {where} {factor} times, expected once" + (f": {why}" if why else "")
+    kind = "applied-twice" if factor.is_near(2, POOLED_ERRORS, FACTOR_TOLERANCE) else "other-strength"
+    return finding(kind, message, tensor=odd[0].name, **release.figures | {"factor": factor.value})
