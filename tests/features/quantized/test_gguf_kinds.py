@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 TYPES = (Type.Q8_0, Type.Q5_1, Type.Q5_0, Type.Q4_1, Type.Q4_0)
 SHARES = (0.1, 0.03, 0.01, 0.003)
 METHODS = ("lora", "dora", "ia3")
-SAMPLE = {(Type.Q4_0, "lora", 0.03), (Type.Q8_0, "dora", 0.01)}
+SAMPLE = {(Type.Q4_0, "lora", 0.03, fault) for fault in FAULTS} | {(Type.Q8_0, "dora", 0.01, "right")}
+CASES = [(kind, method, share, fault) for kind in TYPES for method in METHODS for share in SHARES for fault in FAULTS]
 
 
 def released(bench: Bench, fault: str, method: str, share: float, kind: Type, path: Path) -> list[Finding]:
@@ -32,15 +33,9 @@ def released(bench: Bench, fault: str, method: str, share: float, kind: Type, pa
     return [one for one in found if one.check != "strength"]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(
-    ("kind", "method", "share"),
-    [
-        pytest.param(kind, method, share, marks=[] if (kind, method, share) in SAMPLE else [pytest.mark.slow])
-        for kind in TYPES
-        for method in METHODS
-        for share in SHARES
-    ],
+    ("kind", "method", "share", "fault"),
+    [pytest.param(*case, marks=[] if case in SAMPLE else [pytest.mark.slow]) for case in CASES],
     ids=str,
 )
 def test_each_release_has_its_kind(

@@ -11,7 +11,10 @@ from tests.support.quantized.releases import FAULTS, Bench
 
 SHARES = (0.1, 0.03, 0.01, 0.003)
 METHODS = ("lora", "dora", "ia3")
-SAMPLE = {("gptq", "lora", 0.03), ("clipped", "ia3", 0.1)}
+SAMPLE = {("gptq", "lora", 0.03, "right"), ("gptq", "lora", 0.03, "codes"), ("clipped", "ia3", 0.1, "right")}
+CASES = [
+    (name, method, share, fault) for name in QUANTIZERS for method in METHODS for share in SHARES for fault in FAULTS
+]
 
 
 class IntoCodes:
@@ -31,17 +34,11 @@ class IntoCodes:
         return made
 
 
-@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize(
-    ("quantizer", "method", "share"),
-    [
-        pytest.param(quantizer, method, share, marks=[] if (quantizer, method, share) in SAMPLE else [pytest.mark.slow])
-        for quantizer in QUANTIZERS
-        for method in METHODS
-        for share in SHARES
-    ],
+    ("quantizer", "method", "share", "fault"),
+    [pytest.param(*case, marks=[] if case in SAMPLE else [pytest.mark.slow]) for case in CASES],
 )
-def test_each_release_has_its_kind(bench: Bench, fault: str, quantizer: str, method: str, share: float) -> None:
+def test_each_release_has_its_kind(bench: Bench, quantizer: str, method: str, share: float, fault: str) -> None:
     into_codes = IntoCodes(quantizer)
     tensors = bench.faulty(fault, method, share, into_codes)
     release = MemoryRelease(tensors, quantizer, into_codes.grids)

@@ -143,7 +143,7 @@ class Bench:
             if fault == "codes" and bool(delta.any()):
                 made[name] = roundtrip(roundtrip(weight) + delta)
             else:
-                start = weight + 0.3 * another[name] if another else weight
+                start = weight + 0.5 * another[name] if another else weight
                 made[name] = (start + times * delta).bfloat16().float()
         return made
 

@@ -30,9 +30,9 @@ CHANCE, POOLED_ERRORS, LEAST_BEND = 0.01, 3.0, 5.0
 """How often errors of right merges exceed the limit in all tensors together; limits in standard errors."""
 
 FACTOR_TOLERANCE = 0.05
-MOST_UNITS, MOST_UNITS_OF_OTHERS, MOST_FLOAT_DISTANCE = 2.0, 3.0, 0.01
-"""Tensors with other values are further away than so many times their noise, or that of others of their kind. Plain
-floats are the base's, rounded to 16 bits."""
+MOST_UNITS, MOST_FLOAT_DISTANCE = 3.0, 0.01
+"""Tensors with other values are further away than so many times their noise, or that of others of their kind: GPTQ has
+more noise than rounding. Plain floats are the base's, rounded to 16 bits."""
 
 MORE_LIKELY = 30.0
 """A candidate fits better if twice the logarithm of the likelihoods' ratio is above this."""
@@ -99,7 +99,7 @@ class _Release:
         shares: dict[str, list[float]] = defaultdict(list)
         for tensor in self.touched:
             shares[tensor.kind].append((tensor.own_noise or tensor.noise) / (tensor.weight or 1.0))
-        usual = {kind: MOST_UNITS_OF_OTHERS * median(values) for kind, values in shares.items()}
+        usual = {kind: MOST_UNITS * median(values) for kind, values in shares.items()}
         usual[""] = MOST_FLOAT_DISTANCE
         odd = [t for t in self.touched if t.kind and t.own_noise and t.noise > MOST_UNITS * t.own_noise]
         limits = (
