@@ -139,13 +139,6 @@ def test_1_when_one_failed_and_another_could_not_be_judged(place: Path) -> None:
     assert {one["verdict"] for one in report["adapters"]} == {"failed", "error"}
 
 
-def test_only_gates_the_adapters_named(place: Path) -> None:
-    configure(place, "good", "lfs-pointer", "nan", "no-effect")
-    answer = merge_gate("run", "gate.yml", "--only", "lfs-pointer", cwd=place)
-    assert answer.code == 1, answer.said
-    assert verdicts(report_of(place)) == {"lfs-pointer": ("failed", "file-lfs-pointer")}
-
-
 def test_without_a_name_the_usual_config_is_read(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

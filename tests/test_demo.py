@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from merge_gate._internal.errors import ExitCode, UsageError
 from merge_gate.demo import CONFIG_NAME, EXPECTED, LFS_POINTER, MARKER, make_demo
 from tests.support.command import Answer, merge_gate, strict_json
-from tests.support.documents import blocks, without_numbers
+from tests.support.generated import blocks, without_numbers
 from tests.support.terminal_picture import drawn, drawn_demo, plain, text_of
 from tests.support.wording import Wording
 

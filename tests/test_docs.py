@@ -37,9 +37,8 @@ from merge_gate.records.terms import Origin, Result
 from merge_gate.report.wording.explanations import explanation
 from tests.support.all_faults import FAULTS
 from tests.support.cases import lay_out
-from tests.support.documents import CODE_BLOCK, blocks, without_numbers
 from tests.support.engine.plain_merge import peft_merge
-from tests.support.generated import held
+from tests.support.generated import CODE_BLOCK, blocks, held, without_numbers
 from tests.support.judging.every_check import GOLDENS
 from tests.support.models import VARIANTS
 from tests.support.schemas import config_schema

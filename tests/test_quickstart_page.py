@@ -14,7 +14,7 @@ import pytest
 from merge_gate.cli import dispatch
 from merge_gate.demo import make_demo
 from tests.support.command import COMMAND, environment, shell
-from tests.support.documents import CODE_BLOCK, blocks, without_numbers
+from tests.support.generated import CODE_BLOCK, blocks, without_numbers
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
@@ -49,11 +49,6 @@ def workspace(place: Path) -> Path:
     (place / "merge-gate-demo/adapters/overflow").rename(place / "adapters/support")
     (place / "merge-gate.yml").write_text(configs()[0], encoding="utf-8")
     return place
-
-
-def test_a_line_out_of_order_is_missing() -> None:
-    assert missing(["a 1", "b"], "a 2\nx\nb") == []
-    assert missing(["b", "a 1"], "a 2\nx\nb") == ["a 1"]
 
 
 def test_check_and_init_print_what_the_page_shows(

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.support.documents import blocks
 from tests.support.e2e.act import ROOT
 from tests.support.e2e.engines import BASE_IMAGE, pip_settings
+from tests.support.generated import blocks
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -25,3 +25,16 @@ def write_block(page: Path, name: str, made: str) -> None:
 
 def _block(name: str) -> re.Pattern[str]:
     return re.compile(rf"(<!-- {name}\b[^>]*-->\n)(.*?)(\n<!-- /{name} -->)", re.DOTALL)
+
+
+# --- what tests read out of documents ---------------------------------------------------------------------------------
+
+CODE_BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return [body for kind, body in CODE_BLOCK.findall(text) if kind == language]
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"[\d,]*\d(\.\d+)?(e[+-]?\d+)?", "#", re.sub(r"\s+", " ", text)).strip()

@@ -192,7 +192,12 @@ def _experts_one_by_one() -> dict[str, Tensor]:
     return state
 
 
+def _glora(a_to_e: str, c: str) -> dict[str, str]:
+    return {"config_A_B": a_to_e, "config_C": c, "config_D_E": a_to_e}
+
+
 CONV = ["layer.0.convolution"]
+VBLORA = {"r": 2, "num_vectors": 6, "topk": 2}
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 LORA_CASES = (
@@ -286,35 +291,14 @@ LINEAR_CASES = (
     _case("frod-linear", "llama", "FrodConfig", sparse_rate=0.2, progressbar=False),
     _case("fourierft-linear", "llama", "FourierFTConfig", n_frequency=8),
     _case("glora-lora", "llama-bias", "GloraConfig", r=2),
-    _case(
-        "glora-vector", "llama-bias", "GloraConfig", r=2, config_A_B="vector", config_C="vector", config_D_E="vector"
-    ),
-    _case(
-        "glora-constant",
-        "llama-bias",
-        "GloraConfig",
-        r=2,
-        config_A_B="constant",
-        config_C="none",
-        config_D_E="constant",
-    ),
+    _case("glora-vector", "llama-bias", "GloraConfig", r=2, **_glora("vector", "vector")),
+    _case("glora-constant", "llama-bias", "GloraConfig", r=2, **_glora("constant", "none")),
     _case("hra-linear", "llama", "HRAConfig", r=2),
     _case("hra-gram-schmidt", "llama", "HRAConfig", r=2, apply_GS=True),
     _case("hra-conv2d", "resnet", "HRAConfig", CONV, r=2),
-    _case("vblora-linear", "llama", "VBLoRAConfig", r=2, num_vectors=6, vector_length=4, topk=2),
-    _case(
-        "vblora-topk-only",
-        "llama",
-        "VBLoRAConfig",
-        r=2,
-        num_vectors=6,
-        vector_length=4,
-        topk=2,
-        save_only_topk_weights=True,
-    ),
-    _case(
-        "vblora-shapes", "llama", "VBLoRAConfig", ["q_proj", "down_proj"], r=2, num_vectors=6, vector_length=8, topk=2
-    ),
+    _case("vblora-linear", "llama", "VBLoRAConfig", **VBLORA, vector_length=4),
+    _case("vblora-topk-only", "llama", "VBLoRAConfig", **VBLORA, vector_length=4, save_only_topk_weights=True),
+    _case("vblora-shapes", "llama", "VBLoRAConfig", ["q_proj", "down_proj"], **VBLORA, vector_length=8),
     _case("unilora-shapes", "llama", "UniLoraConfig", ["q_proj", "down_proj"], r=2, theta_d_length=16),
     _case("unilora-linear", "llama", "UniLoraConfig", r=2, theta_d_length=16),
     _case("miss-linear", "llama", "MissConfig", r=4),

@@ -67,11 +67,8 @@ class ActRun:
 
     def outputs(self, step: str) -> dict[str, str]:
         """Outputs of a step, by the id that the workflow gives it."""
-        found = {}
-        for record in self.commands("set-output"):
-            if record.get("stepID") == [step]:
-                found[record["name"]] = record["arg"]
-        return found
+        records = [record for record in self.commands("set-output") if record.get("stepID") == [step]]
+        return {record["name"]: record["arg"] for record in records}
 
     @property
     def text(self) -> str:
