@@ -116,7 +116,7 @@ def test_every_make_target_exists(page: Path) -> None:
     assert set(commands) <= make_targets()
 
 
-def test_make_help_and_contributing_have_every_target_and_the_told_hours() -> None:
+def test_make_help_and_contributing_have_every_target() -> None:
     command = ["make", "--file", str(ROOT / "Makefile"), "help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     told = dict(re.findall(r"^\| `make ([\w-]+)` \|.*\| ([^|]*) ?\|$", CONTRIBUTING, re.MULTILINE))

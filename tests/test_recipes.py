@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import yaml
 
 from merge_gate.report.stored.report_files import FORMATS
 from tests.support.command import environment, shell, wait_until
+from tests.support.faults import cut
 from tests.support.hub import LoopbackHub
 
 if TYPE_CHECKING:
@@ -44,12 +46,8 @@ SECRET, TOKEN, SHA = "the-hub-knows-it", "github_pat_x", "575db8b7a51b6f85eb06ee
 @pytest.fixture
 def checkout(shelf: Shelf, tmp_path: Path) -> Path:
     """A repository with one adapter, whose file is cut off."""
-    weights = (shelf.adapter("plain") / "adapter_model.safetensors").read_bytes()
-    (tmp_path / "support").mkdir()
-    (tmp_path / "support" / "adapter_config.json").write_bytes(
-        (shelf.adapter("plain") / "adapter_config.json").read_bytes()
-    )
-    (tmp_path / "support" / "adapter_model.safetensors").write_bytes(weights[: len(weights) // 2])
+    shutil.copytree(shelf.adapter("plain"), tmp_path / "support")
+    cut(0.5)(tmp_path / "support")
     (tmp_path / "merge-gate.yml").write_text(
         f"version: 1\nbase: {{model: {json.dumps(str(shelf.base('llama')))}}}\nadapters: [./support]\n"
     )

@@ -34,7 +34,7 @@ RECORDS = [
 
 
 @pytest.mark.parametrize("kind", RECORDS, ids=lambda kind: kind.__name__)
-def test_a_record_is_frozen_slotted_and_keyword_only_and_shares_no_default(kind: type) -> None:
+def test_a_record_is_frozen_slotted_and_keyword_only(kind: type) -> None:
     parameters = kind.__dataclass_params__
     assert parameters.frozen
     assert "__slots__" in vars(kind)

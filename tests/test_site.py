@@ -25,6 +25,7 @@ from website.build import (
 )
 
 PAGES = site_pages()
+ADDRESS = "https://github.com/acme/merge-gate"
 GUIDE = ROOT / "docs" / "guides" / "fleets.md"
 
 
@@ -45,7 +46,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert set(in_nav) == written | {"project/changelog.md", "project/contributing.md", "project/security-policy.md"}
 
 
-def test_the_navigation_is_sorted_by_reader_and_its_checks_by_blame() -> None:
+def test_the_navigation_is_sorted_by_reader_and_blame() -> None:
     sections = [next(iter(entry)) for entry in navigation(PAGES)]
     assert sections[0] == "Home"
     assert sections[-6:] == ["Guides", "Reference", "Checks", "Concepts", "Evidence", "Project"]
@@ -53,7 +54,7 @@ def test_the_navigation_is_sorted_by_reader_and_its_checks_by_blame() -> None:
     assert checks == [f"checks/{name}.md" for name in ("index", *CHECKS, *WITHOUT_SETTING)]
 
 
-def test_other_pages_follow_those_of_the_order_and_no_folder_is_new() -> None:
+def test_other_pages_follow_and_other_folders_are_errors() -> None:
     ordered = in_order(["guides/zebra.md", "index.md", "guides/trainers.md"])
     assert ordered[-2:] == ["guides/trainers.md", "guides/zebra.md"]
     with pytest.raises(SystemExit, match="recipes"):
@@ -69,23 +70,19 @@ def test_other_pages_follow_those_of_the_order_and_no_folder_is_new() -> None:
         ("[a](../../Makefile)", "[a](../files/Makefile.txt)"),
         ("[`a`](../../pyproject.toml)", "[`a`](../files/pyproject.toml)"),
         ("[a](../../recipes)", "a"),
+        ("[a](../../recipes)", f"[a]({ADDRESS}/tree/main/recipes)"),
         ("[a](https://example.com/b)", "[a](https://example.com/b)"),
         ("`[a](../../Makefile)`", "`[a](../../Makefile)`"),
         ("[a](nowhere.md)", "[a](nowhere.md)"),
     ],
 )
 def test_a_link_of_a_page_leads_to_a_page_or_a_copy(link: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "PROJECT_URL", "")
+    """A folder has neither: with an address, its link leads to the repository."""
+    monkeypatch.setattr(build, "PROJECT_URL", "" if expected == "a" else ADDRESS)
     files: set[Path] = set()
     page = SitePage("guides/fleets.md", GUIDE, link)
     assert staged_text(page, {page.source: page.path for page in PAGES}, files) == expected
     assert len(files) == ("files/" in expected)
-
-
-def test_a_link_to_a_folder_leads_to_the_repository_by_address(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "PROJECT_URL", "https://github.com/acme/merge-gate")
-    page = SitePage("guides/fleets.md", GUIDE, "[a](../../recipes)")
-    assert staged_text(page, {}, set()) == "[a](https://github.com/acme/merge-gate/tree/main/recipes)"
 
 
 def test_llms_txt_lists_every_page() -> None:
