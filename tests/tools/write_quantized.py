@@ -1,10 +1,11 @@
 """Writes the files of tests/features/quantized/written with the tools whose formats they are.
 
-    pip install compressed-tensors mlx-cpu autoawq auto-round
+    pip install compressed-tensors mlx-cpu autoawq auto-round llmcompressor
     python -m tests.tools.write_quantized
 
 Each file has the parts of one weight, `layer.…`, and the values that the tool makes of them (`expected`). Its metadata
-has the tool, and the settings of config.json.
+has the tool, and the settings of config.json. The files of tests/features/quantized/folded have a small model (`base`)
+and its release, into which llm-compressor has moved scales.
 """
 
 from __future__ import annotations
@@ -14,13 +15,18 @@ import json
 from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 WRITTEN = Path(__file__).resolve().parents[1] / "features" / "quantized" / "written"
+FOLDED = WRITTEN.with_name("folded")
 ROWS, COLUMNS, GROUP = 32, 64, 32
 
 Parts = dict[str, torch.Tensor]
@@ -124,6 +130,51 @@ def with_auto_round() -> Iterator[Made]:
             yield name, "auto-round", settings, dict(layer.state_dict()), layer(torch.eye(COLUMNS)).T
 
 
+def moved_by_llm_compressor() -> None:
+    """Releases of a block of Llama with shared heads, of which each has scales in its norms."""
+    llmcompressor: Any = importlib.import_module("llmcompressor")
+    transform: Any = importlib.import_module("llmcompressor.modifiers.awq")
+    quantization: Any = importlib.import_module("llmcompressor.modifiers.quantization")
+    smooth: Any = importlib.import_module("llmcompressor.modifiers.transform.smoothquant")
+    arguments = {"num_bits": 4, "symmetric": False, "strategy": "group", "group_size": GROUP}
+    groups = {"group_0": {"targets": ["Linear"], "weights": arguments}}
+    recipes = {
+        "awq": [transform.AWQModifier(ignore=["lm_head"], config_groups=groups)],
+        "smoothquant": [
+            smooth.SmoothQuantModifier(smoothing_strength=0.8),
+            quantization.QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+        ],
+    }
+    torch.Tensor.pin_memory = lambda tensor, *_: tensor  # type: ignore[method-assign] # there is no accelerator
+    for name, recipe in recipes.items():
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 64, "num_hidden_layers": 1}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)).bfloat16()
+        for key, tensor in model.named_parameters():
+            if "norm" in key or "embed" in key:  # some channels are larger than others
+                tensor.data = (tensor.float() * (0.5 * torch.randn(64)).exp()).bfloat16()
+        tensors = {f"base.{key}": tensor.clone() for key, tensor in model.state_dict().items()}
+        words = Tokenizer(WordLevel({str(number): number for number in range(64)}, unk_token="0"))
+        rows = [{"input_ids": torch.randint(0, 64, (32,)).tolist(), "attention_mask": [1] * 32} for _ in range(16)]
+        with TemporaryDirectory() as directory:
+            model.save_pretrained(directory)
+            model = LlamaForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)
+            llmcompressor.oneshot(
+                model=model,
+                dataset=importlib.import_module("datasets").Dataset.from_list(rows),
+                recipe=recipe,
+                processor=PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0"),
+                max_seq_length=32,
+                num_calibration_samples=16,
+            )
+            model.save_pretrained(directory, save_compressed=True)
+            settings = json.loads(Path(directory, "config.json").read_bytes())["quantization_config"]
+            stored = load_file(Path(directory, "model.safetensors"))
+        tensors |= {f"release.{key}": tensor for key, tensor in stored.items()}
+        facts = {"tool": f"llmcompressor {metadata.version('llmcompressor')}", "settings": json.dumps(settings)}
+        save_file(tensors, FOLDED / f"{name}.safetensors", metadata=facts)
+
+
 WRITERS: tuple[Callable[[], Iterator[Made]], ...] = (with_mlx, with_compressed_tensors, with_autoawq, with_auto_round)
 
 
@@ -134,6 +185,7 @@ def main() -> None:
             tensors["expected"] = values.detach().float().contiguous()
             facts = {"tool": f"{tool} {metadata.version(tool)}", "settings": json.dumps(settings)}
             save_file(tensors, WRITTEN / f"{name}.safetensors", metadata=facts)
+    moved_by_llm_compressor()
 
 
 if __name__ == "__main__":

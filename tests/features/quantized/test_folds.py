@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from merge_gate.features.quantized.checkpoint import Checkpoint
-from tests.support.quantized.checkpoints import Tensors, opened
+from tests.support.quantized.checkpoints import Tensors, moved, opened
 from tests.support.quantized.folded import BLOCK, CONFIG, SETTINGS, base, delta, folded, quantized
 
 
@@ -40,6 +40,18 @@ def test_the_strength_is_that_of_the_merge(kind: str, kv_heads: int, strength: i
     release, deltas = released(tmp_path, own, kind, strength=strength)
     for name in release.folds.touched:
         assert factor(release, own, deltas, name) == pytest.approx(strength, abs=0.06), name
+
+
+@pytest.mark.parametrize(("name", "noise"), [("awq", 0.12), ("smoothquant", 0.03)])
+def test_a_release_of_llm_compressor_is_near_its_base(name: str, noise: float, tmp_path: Path) -> None:
+    stored, own, settings = moved(name)
+    release = opened(tmp_path, stored, own, settings, hidden_size=64, num_attention_heads=4)
+    norms = [key for key in own if "layernorm" in key]
+    assert norms
+    assert not any(torch.equal(stored[key], own[key]) for key in norms)
+    for key, tensor in own.items():
+        distance = float((release.read(key) - tensor.float()).norm() / tensor.float().norm())
+        assert distance < (noise if "proj" in key else 1e-6), key
 
 
 @pytest.mark.parametrize("is_gemma", [False, True])

@@ -45,3 +45,15 @@ def written(name: str) -> tuple[Tensors, torch.Tensor, dict[str, Any]]:
         settings = json.loads(file.metadata()["settings"])
     values = tensors.pop("expected")
     return tensors, values, settings
+
+
+def moved(name: str) -> tuple[Tensors, Tensors, dict[str, Any]]:
+    """A release of llm-compressor with scales that were moved, its base, and its settings."""
+    with safe_open(WRITTEN.with_name("folded") / f"{name}.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no dictionary
+        settings = json.loads(file.metadata()["settings"])
+    release, base = (
+        {key.removeprefix(part): tensor for key, tensor in tensors.items() if key.startswith(part)}
+        for part in ("release.", "base.")
+    )
+    return release, base, settings
