@@ -250,30 +250,21 @@ def test_a_first_config_pins_bases_that_are_here(here: Path) -> None:
     assert pinned == {"billing": ((ALL_WEIGHTS, "b" * 64),), "support": ()}
 
 
-def test_the_only_checkpoint_of_a_run_is_listed_whole(here: Path) -> None:
-    (here / "runs/sums/checkpoint-9").mkdir(parents=True)
-    (here / "runs/sums/checkpoint-9/adapter_config.json").write_text("{}")
-    text = first_config(["runs"], base_of)
-    assert "./runs/sums/checkpoint-9" in text
-    assert sum("checkpoint-9" in line for line in text.splitlines()) == 1
-
-
-def test_letters_beyond_16_bits_are_letters(here: Path) -> None:
-    (here / "support").rename(here / "ü 😀")
-    (config,) = config_of(["ü 😀"]).adapters
-    assert (config.name, config.source) == ("ü 😀", "ü 😀")
-    with pytest.raises(UsageError, match=r'"a\\u202eb"'):
-        config_of(["a\u202eb"])
-
-
 @pytest.mark.parametrize(
     ("current", "named", "listed"),
-    [("support", ".", "."), ("support/inner", "..", ".."), (".", "<here>/support", "./support")],
+    [
+        ("support", ".", "."),
+        ("support/checkpoint-5", "..", ".."),
+        (".", "<here>/support", "./support"),
+        (".", "checkpoint-5", "./checkpoint-5"),
+    ],
 )
 def test_a_first_config_names_directories_from_here(
     current: str, named: str, listed: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (here / "support/inner").mkdir()
+    for name in ("support/checkpoint-5", "checkpoint-5"):
+        (here / name).mkdir()
+    (here / "checkpoint-5/adapter_config.json").write_text("{}")
     monkeypatch.chdir(here / current)
     text = first_config([named.replace("<here>", str(here))], base_of)
     assert yaml.safe_load(text)["adapters"] == [listed]
@@ -299,15 +290,6 @@ def test_a_base_is_a_directory_above_the_adapter_or_a_model(here: Path, wording:
             (here / name / "tiny" / file).touch()
     text = first_config(["."], lambda _: "/elsewhere/tiny")
     assert yaml.safe_load(text)["base"] == {"model": "./z/tiny"}
-
-
-def test_a_checkpoint_has_the_name_of_its_run(here: Path) -> None:
-    for name in ("checkpoint-5", "X/checkpoint-5"):
-        (here / name).mkdir(parents=True)
-        (here / name / "adapter_config.json").write_text("{}")
-    assert yaml.safe_load(first_config(["checkpoint-5"], base_of))["adapters"] == ["./checkpoint-5"]
-    listed = {"name": "X-checkpoint-5", "path": "./X/checkpoint-5"}
-    assert yaml.safe_load(first_config(["X"], base_of))["adapters"] == [listed]
 
 
 def test_a_first_config_cuts_long_names(here: Path) -> None:

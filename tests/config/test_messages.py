@@ -291,6 +291,7 @@ def test_a_first_file_of_training_runs(here: Path, tmp_path: Path, wording: Word
     for name in (
         "t/runs/support", "t/runs/support/checkpoint-500", "t/runs/support/checkpoint-1000", "t/.cache/old",
         "t/runs/2026/sums/checkpoint-9", "t/runs/2026/sums/checkpoint-10", "t/ü 😀", "t/a/sums", "t/b/sums",
+        "t/runs/alone/checkpoint-9",
     ):  # fmt: skip
         (here / name).mkdir(parents=True)
         (here / name / "adapter_config.json").write_text(lora)
