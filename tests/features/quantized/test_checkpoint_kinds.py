@@ -44,7 +44,7 @@ def write(bench: Bench, tmp_path: Path) -> Write:
 
 @pytest.mark.parametrize(
     "name",
-    ["GPTQ", "MLX", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(FORMATS.keys() - {"GPTQ", "MLX"}))],
+    ["MLX", *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(FORMATS.keys() - {"MLX"}))],
 )
 def test_a_right_release_of_each_format_passes(name: str, bench: Bench, write: Write) -> None:
     directory, _ = write(name, "right")
@@ -56,7 +56,9 @@ def test_a_right_release_of_each_format_passes(name: str, bench: Bench, write: W
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["lora", "ia3", "dora"])
+@pytest.mark.parametrize(
+    "method", ["lora", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("ia3", "dora"))]
+)
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_fault_has_its_kind(name: str, fault: str, method: str, bench: Bench, write: Write) -> None:
