@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import runpy
+import os
 import subprocess
 import sys
 import venv
@@ -69,15 +69,23 @@ def models(work: Path, adapter: Path) -> dict[str, Path]:
     return {"right": right, "base": base, "half": half}
 
 
+CONVERT = """
+import runpy, sys
+import conversion.base, conversion.llama
+conversion.llama.LlamaModel.set_vocab = lambda model: model._set_vocab_gpt2()
+conversion.base.TextModel.get_vocab_base_pre = lambda *_: "default"
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def convert(source: Path, model: Path) -> Path:
+    """llama.cpp's own converter, with the gguf package of its source."""
     output = model.with_suffix(".gguf")
     if not output.exists():
-        sys.path[1:1] = [str(source), str(source / "gguf-py")]
-        import conversion.base as conversion  # noqa: PLC0415 - of llama.cpp's source
-
-        conversion.TextModel.get_vocab_base_pre = lambda *_: "default"
-        sys.argv = ["convert", str(model), "--outtype", "bf16", "--outfile", str(output)]
-        runpy.run_path(str(source / "convert_hf_to_gguf.py"), run_name="__main__")
+        words = [source / "convert_hf_to_gguf.py", model, "--outtype", "bf16", "--outfile", output]
+        paths = f"{source}:{source / 'gguf-py'}"
+        subprocess.run([sys.executable, "-c", CONVERT, *words], env=os.environ | {"PYTHONPATH": paths}, check=True)
     return output
 
 
