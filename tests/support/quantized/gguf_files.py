@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import struct
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -48,3 +50,12 @@ def write_llama(path: Path, tensors: Mapping[str, torch.Tensor], config: Any, ki
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def resize(path: Path, name: str, shape: tuple[int, ...], size_bytes: int) -> None:
+    """Give the last tensor of a file another shape, and so many bytes, which take no space on the disk."""
+    content = path.read_bytes()
+    place = content.index(struct.pack("<Q", len(name)) + name.encode()) + 8 + len(name)
+    dimensions = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
+    path.write_bytes(content[:place] + dimensions + content[place + len(dimensions) :])
+    os.truncate(path, len(content) + size_bytes)

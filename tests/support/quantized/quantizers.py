@@ -143,6 +143,9 @@ class MemoryRelease:
             self._grids[name] = QUANTIZERS[self.format](self._tensors[name])
         return self._grids[name]
 
+    def shape(self, name: str) -> torch.Size:
+        return self._tensors[name].shape
+
     def read(self, name: str) -> torch.Tensor:
         is_plain = name in self._on_grid or not self.kind(name)
         return self._tensors[name].clone() if is_plain else self._grid(name).values()

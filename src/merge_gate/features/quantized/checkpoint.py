@@ -136,7 +136,11 @@ class Checkpoint:
         self._places = stored_bytes(files.directory, {tensor.name: tensor for tensor in files.stored})
         self._base_feed, known = base.feed, {tensor.name: tensor for tensor in base.stored if tensor.name in self}
         self._base = stored_bytes(base.directory, known)
-        shapes = {name: tensor.shape for name, tensor in known.items() if not self._is_transposed}
+        shapes = {
+            name: tensor.shape
+            for name, tensor in known.items()
+            if not self._is_transposed and self.shape(name) == tuple(tensor.shape)
+        }
         self.folds = Folds(self._stored, self._base_rows, shapes, head)
         self._latest: tuple[str, Grid] | None = None
         kinds = Counter(map(self.kind, self._parts))
@@ -159,6 +163,9 @@ class Checkpoint:
         return f"{bits} bits" + (
             f" in groups of {group}" if group < self._shapes[name][1 - self._is_transposed] else ""
         )
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._shapes[name] if name in self._parts else self._places[name].shape)
 
     def read(self, name: str) -> torch.Tensor:
         """The values in float32, in the shape of the base's stored tensor.

@@ -30,7 +30,7 @@ from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, Tens
 from merge_gate.engine.consumer import Consumer, Outline, WholeTensors
 from merge_gate.features.quantized.checkpoint import Checkpoint, open_checkpoint
 from merge_gate.features.quantized.measurement import TOLERANCE, Measurement, TensorStrength
-from merge_gate.features.quantized.release import Release
+from merge_gate.features.quantized.release import Release, is_near
 from merge_gate.features.quantized.release_flow import GGUF
 from merge_gate.features.quantized.tensor_fit import Requantize, fitted, repeated, untouched
 from merge_gate.features.verify.finished_model import Files
@@ -97,6 +97,13 @@ class ByModelNames:
 
     def __init__(self, release: Checkpoint, mapping: TensorMap) -> None:
         self._release, self.format = release, release.format
+        for source in (source for group in mapping.groups if group.conversion != RENAMED for source in group.sources):
+            shape, expected = release.shape(source) if source in release else None, mapping.stored[source].shape
+            if shape not in {None, tuple(expected)}:
+                raise EngineError(
+                    f"the release stores {quoted(source, 120)} in the shape {list(shape)}, expected {list(expected)}",
+                    hint="verify the merged model before it is quantized",
+                )
         self._groups: Mapping[str, TensorGroup] = {
             target: group
             for group in mapping.groups
@@ -115,6 +122,14 @@ class ByModelNames:
 
     def kind(self, name: str) -> str:
         return next(filter(None, map(self._release.kind, self._groups[name].sources)), "")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        group = self._groups[name]
+        shapes = {source: self._release.shape(source) for source in group.sources}
+        if group.conversion == RENAMED or group.recipe is None:
+            return shapes[group.sources[0]]
+        made = group.recipe({source: torch.empty(shape, device="meta") for source, shape in shapes.items()})
+        return tuple(made[name].shape)
 
     def read(self, name: str) -> torch.Tensor:
         group = self._groups[name]
@@ -147,15 +162,20 @@ class StrengthConsumer(WholeTensors):
         names = (name, *(alias for alias, first in self._base.aliases.items() if first == name))
         if (own := next((name for name in names if name in self._release), None)) is None:
             return None
-        kind, actual, shape = self._release.kind(own), self._release.read(own), tuple(expected.shape)
-        facts = TensorStrength(name=name, kind=kind, touched=False, shape=tuple(actual.shape), expected_shape=shape)
-        return facts, actual, partial(self._release.requantized, own)
+        kind, stored, shape = self._release.kind(own), self._release.shape(own), tuple(expected.shape)
+        facts = TensorStrength(name=name, kind=kind, touched=False, shape=tuple(stored), expected_shape=shape)
+        if not is_near(stored, shape):  # its values are not read
+            self._facts[name] = facts
+            return None
+        actual = self._release.read(own)
+        return replace(facts, shape=tuple(actual.shape)), actual, partial(self._release.requantized, own)
 
     def _touched(self, name: str, merged: torch.Tensor) -> None:
         first = self._base.first_name(name)
         with self._lock, torch.no_grad(), self._base.filled([first]):
             if (read := self._read(name, merged)) is None:
-                self._absent[name] = None
+                if name not in self._facts:
+                    self._absent[name] = None
                 return
             facts, actual, requantize = read
             base, merged = self._base.tensors[first].detach().float(), merged.float()

@@ -62,6 +62,11 @@ class GgufRelease:
         kind: str = self._types[self._tensors[name][0].type].name
         return "" if kind in _FLOATS else kind
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """As the file has it. If several tensors make one, they are joined in their second dimension."""
+        first, *others = (tensor.shape for tensor in self._tensors[name])
+        return (*first[:1], sum(shape[1] for shape in (first, *others)), *first[2:]) if others else first
+
     def read(self, name: str) -> torch.Tensor:
         parsed: dict[str, Any] = {"tensors": {}}
         more = {"tensor_key_mapping": self._names, "parsed_parameters": parsed}

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
+
+MOST_ROWS = 2
+"""A tensor with other rows than the base's has at most so many times as many: such as a padded vocabulary."""
 
 
 class Release(Protocol):
@@ -20,6 +25,9 @@ class Release(Protocol):
     def kind(self, name: str) -> str:
         """How a tensor is stored, such as `Q4_K`. Tensors of one kind have similar noise. Empty for plain floats."""
 
+    def shape(self, name: str) -> Sequence[int]:
+        """The shape by the headers. `read` may give the same values another shape."""
+
     def read(self, name: str) -> torch.Tensor:
         """The values in float32, in the base's shape. Takes the memory of one tensor.
 
@@ -33,3 +41,9 @@ class Release(Protocol):
 
         Or on the grid of the release's own scales. None if neither can be had.
         """
+
+
+def is_near(shape: Sequence[int], expected: Sequence[int]) -> bool:
+    """Whether a tensor is small enough to be read: it has the expected number of values, or only other rows."""
+    has_other_rows = len(shape) == len(expected) and shape[1:] == expected[1:]
+    return math.prod(shape) == math.prod(expected) or (has_other_rows and shape[0] <= MOST_ROWS * expected[0])
