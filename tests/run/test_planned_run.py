@@ -16,7 +16,6 @@ import pytest
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.config.load_config import load_config
-from merge_gate.features.stream import feed_service
 from merge_gate.files import hub, resolve
 from merge_gate.records.options import RunOptions
 from merge_gate.report.stored.report_files import write_report
@@ -45,7 +44,6 @@ def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
         shutil.copytree(shelf.adapter("plain"), tmp_path / "adapters" / name)
     overwrite(LFS_POINTER)(tmp_path / "adapters" / "c")
     monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 3 << 30)
-    monkeypatch.setattr(feed_service, "_slots", lambda: 12)
     return tmp_path
 
 
