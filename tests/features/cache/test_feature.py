@@ -37,11 +37,7 @@ CPU = DeviceChosen(device="cpu", device_name="a CPU")
 CARD = DeviceChosen(device="cuda", device_name="a card")
 
 
-def a_run(
-    options: RunOptions,
-    notify: Callable[[str], object] = pytest.fail,
-    choose_device: Callable[[str], object] = lambda _: CARD,
-) -> Run:
+def a_run(options: RunOptions, notify: Callable[[str], object] = pytest.fail) -> Run:
     """A run without inputs, as far as a cache knows it. Its worker finds a card."""
     made = SimpleNamespace(
         options=options,
@@ -49,7 +45,7 @@ def a_run(
         config=SimpleNamespace(trusts=()),
         view=SimpleNamespace(note=notify),
         watch=BaseWatch(),
-        worker=SimpleNamespace(choose_device=choose_device),
+        worker=SimpleNamespace(choose_device=lambda _: CARD),
         groups=(),
     )
     return cast("Run", made)
@@ -132,10 +128,10 @@ def test_digests_are_reused_unless_verdicts_are_not(one: Entry) -> None:
             assert seen_bases.lookup(directory, identity) == found
 
 
-def test_the_device_of_an_earlier_run_is_known(one: Entry) -> None:
+def test_the_device_of_an_earlier_run_is_known(one: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
     def is_known(secret: str = "") -> bool:
-        asked = list[str]()
-        run = a_run(RunOptions(device="cuda"), choose_device=asked.append)
+        run, asked = a_run(RunOptions(device="cuda")), list[str]()
+        monkeypatch.setattr(run.worker, "choose_device", asked.append)
         with closing(open_cache(one, run=run, secret=secret)) as cache:
             store(cache, one)  # else, no verdict could be reused
             cache.choose({})

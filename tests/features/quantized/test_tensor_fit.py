@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from merge_gate.features.quantized.measurement import TensorStrength
-from merge_gate.features.quantized.tensor_fit import fitted, repeated, untouched
+from merge_gate.features.quantized.tensor_fit import fitted
 
 ROWS, COLUMNS = 128, 128
 
@@ -29,13 +29,13 @@ def base_and_delta(share: float, seed: int = 0) -> tuple[torch.Tensor, torch.Ten
     return base, delta * (share * base.norm() / delta.norm())
 
 
-def outline(touched: bool = True) -> TensorStrength:
+def measured(
+    base: torch.Tensor, delta: torch.Tensor | float, actual: torch.Tensor, kind: Type | None = None
+) -> TensorStrength:
     shape = (ROWS, COLUMNS)
-    return TensorStrength(name="weight", kind="Q4_0", touched=touched, shape=shape, expected_shape=shape)
-
-
-def measured(base: torch.Tensor, delta: torch.Tensor, actual: torch.Tensor) -> TensorStrength:
-    return fitted(outline(), base, base + delta, actual, torch.bfloat16)
+    outline = TensorStrength(name="weight", kind="Q4_0", touched=True, shape=shape, expected_shape=shape)
+    again = None if kind is None else partial(quantized, kind=kind)
+    return fitted(outline, base, base + delta, actual, torch.bfloat16, again)
 
 
 @pytest.mark.parametrize("kind", [Type.Q8_0, Type.Q5_0, Type.Q4_0], ids=str)
@@ -87,8 +87,7 @@ def test_noise_that_is_alike_within_rows_has_a_larger_error() -> None:
 def test_a_merge_into_codes_is_recognized(make, expected: bool) -> None:
     base, delta = base_and_delta(0.03)
     actual = make(base, delta)
-    again = partial(quantized, kind=Type.Q4_0)
-    facts = repeated(measured(base, delta, actual), base, base + delta, actual, again, torch.bfloat16)
+    facts = measured(base, delta, actual, Type.Q4_0)
     assert facts.is_erased is expected
     assert facts.own_noise == pytest.approx(facts.noise, rel=0.1)
 
@@ -105,13 +104,13 @@ def test_values_that_are_not_finite_are_counted() -> None:
     actual = base.clone()
     actual[0, :3] = torch.nan
     assert measured(base, delta, actual).nonfinite == 3
-    assert untouched(outline(touched=False), base, actual).nonfinite == 3
+    assert measured(base, 0.0, actual).nonfinite == 3
 
 
 def test_a_rotated_tensor_is_recognized() -> None:
     base, _ = base_and_delta(0.1)
     base *= torch.linspace(0.5, 2, ROWS)[:, None]
     rotation = torch.linalg.qr(torch.randn(COLUMNS, COLUMNS, generator=torch.Generator().manual_seed(2))).Q
-    assert untouched(outline(touched=False), base, base @ rotation).rotated
-    assert not untouched(outline(touched=False), base, base_and_delta(0.1, seed=5)[0]).rotated
-    assert not untouched(outline(touched=False), base, base + 0.1 * base.flip(1)).rotated
+    assert measured(base, 0.0, base @ rotation).rotated
+    assert not measured(base, 0.0, base_and_delta(0.1, seed=5)[0]).rotated
+    assert not measured(base, 0.0, base + 0.1 * base.flip(1)).rotated

@@ -127,7 +127,6 @@ class MemoryRelease:
 
     def __init__(self, tensors: dict[str, torch.Tensor], quantizer: str, grids: dict[int, Grid] | None = None) -> None:
         self.format = quantizer
-        self.added, self.settings = (), ()
         self._tensors = tensors
         own = {name: (grids or {}).get(id(tensor)) for name, tensor in tensors.items()}
         self._on_grid = {name for name, grid in own.items() if grid is not None}
@@ -135,6 +134,9 @@ class MemoryRelease:
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
+
+    def expects(self, _name: str) -> bool:
+        return True
 
     def kind(self, name: str) -> str:
         return self.format if self._tensors[name].dim() == 2 and "layers" in name else ""

@@ -146,10 +146,12 @@ class Checkpoint:
         kinds = Counter(map(self.kind, self._parts))
         title = {"bitsandbytes": "bitsandbytes", "mlx": "MLX"}.get(method) or KNOWN_NAMES[method.removesuffix("_v2")]
         self.format = f"{title} ({'; '.join(kind for kind, _ in kinds.most_common(3))})"
-        self.added = tuple[str, ...]()
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts or name in self._plain
+
+    def expects(self, name: str) -> bool:
+        return name in self._shapes
 
     def kind(self, name: str) -> str:
         """How a tensor is stored, such as `4 bits in groups of 128`. Empty for plain floats."""

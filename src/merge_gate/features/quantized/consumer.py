@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
@@ -29,10 +29,10 @@ from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
 from merge_gate.engine.consumer import Consumer, Outline, WholeTensors
 from merge_gate.features.quantized.checkpoint import Checkpoint, open_checkpoint
-from merge_gate.features.quantized.measurement import TOLERANCE, Measurement, Setting, TensorStrength
+from merge_gate.features.quantized.measurement import Measurement, TensorStrength
 from merge_gate.features.quantized.release import Release, is_near
 from merge_gate.features.quantized.release_flow import GGUF
-from merge_gate.features.quantized.tensor_fit import Requantize, fitted, repeated, untouched
+from merge_gate.features.quantized.tensor_fit import fitted
 from merge_gate.features.verify.finished_model import Files
 from merge_gate.files.feed import LocalFeed
 from merge_gate.records.files import Snapshot
@@ -42,12 +42,6 @@ from merge_gate.worker.protocol import Task
 
 if TYPE_CHECKING:
     from merge_gate.worker.group_bases import GroupBase, GroupBases
-
-MOST_REPEATED, MOST_ODD = 8, 64
-"""So many tensors are quantized again, and so many whose strength is not 1. As many others as the first number."""
-
-FAR = 1.5
-"""Other tensors are quantized again beyond so many times the usual distance."""
 
 
 def consumer(
@@ -97,7 +91,6 @@ class ByModelNames:
 
     def __init__(self, release: Checkpoint, mapping: TensorMap) -> None:
         self._release, self.format = release, release.format
-        self.added, self.settings = release.added, tuple[Setting, ...]()
         for source in (source for group in mapping.groups if group.conversion != RENAMED for source in group.sources):
             shape, expected = release.shape(source) if source in release else None, mapping.stored[source].shape
             if shape not in {None, tuple(expected)}:
@@ -105,6 +98,7 @@ class ByModelNames:
                     f"the release stores {quoted(source, 120)} in the shape {list(shape)}, expected {list(expected)}",
                     hint="verify the merged model before it is quantized",
                 )
+        self._expected = {target for group in mapping.groups for target in group.targets}
         self._groups: Mapping[str, TensorGroup] = {
             target: group
             for group in mapping.groups
@@ -120,6 +114,9 @@ class ByModelNames:
 
     def __contains__(self, name: str) -> bool:
         return name in self._groups
+
+    def expects(self, name: str) -> bool:
+        return name in self._expected
 
     def kind(self, name: str) -> str:
         return next(filter(None, map(self._release.kind, self._groups[name].sources)), "")
@@ -151,69 +148,72 @@ class StrengthConsumer(WholeTensors):
         self._base, self._release, self._dtype = base, release, dtype
         self._facts: dict[str, TensorStrength] = {}
         self._absent: dict[str, None] = {}
-        self._repeated = 0
+        self._compared, self._untied = set[str](), set[str]()
         self._lock = threading.Lock()
 
     def expect(self, outlines: Mapping[str, Outline]) -> None:
         if isinstance(self._release, ByModelNames):
             self._release.expect(outlines)
 
-    def _read(self, name: str, expected: torch.Tensor) -> tuple[TensorStrength, torch.Tensor, Requantize] | None:
-        """The outline of a tensor, its values in the release, and its quantizer. A tied tensor has several names."""
-        names = (name, *(alias for alias, first in self._base.aliases.items() if first == name))
-        if (own := next((name for name in names if name in self._release), None)) is None:
-            return None
-        kind, stored, shape = self._release.kind(own), self._release.shape(own), tuple(expected.shape)
-        facts = TensorStrength(name=name, kind=kind, touched=False, shape=tuple(stored), expected_shape=shape)
-        if not is_near(stored, shape):  # its values are not read
-            self._facts[name] = facts
-            return None
-        actual = self._release.read(own)
-        return replace(facts, shape=tuple(actual.shape)), actual, partial(self._release.requantized, own)
-
     def _touched(self, name: str, merged: torch.Tensor) -> None:
+        with self._lock:
+            self._compare(name, merged)
+
+    def _compare(self, name: str, merged: torch.Tensor | None) -> None:
+        """Compare a tensor with the release's, by each of its names that it has: a tied tensor has several.
+
+        Without `merged`, it has the base's values. The merge may untie a name, which then has values of its own.
+        """
         first = self._base.first_name(name)
-        with self._lock, torch.no_grad(), self._base.filled([first]):
-            if (read := self._read(name, merged)) is None:
-                if name not in self._facts:
-                    self._absent[name] = None
-                return
-            facts, actual, requantize = read
-            base, merged = self._base.tensors[first].detach().float(), merged.float()
-            is_whole = base.shape == merged.shape == actual.shape
-            if base.dim() == merged.dim() == actual.dim():
-                part = tuple(slice(min(sizes)) for sizes in zip(base.shape, merged.shape, actual.shape, strict=True))
-                base, merged, actual = base[part], merged[part], actual[part]
-                facts = fitted(replace(facts, touched=True), base, merged, actual, self._dtype)
-            is_odd = abs(facts.strength - 1) > TOLERANCE + 2 * facts.error
-            if is_whole and facts.kind and self._repeated < (MOST_ODD if is_odd else MOST_REPEATED):
-                self._repeated += 1
-                facts = repeated(facts, base, merged, actual, requantize, self._dtype)
-            self._facts[name] = facts
+        shared = [alias for alias, of in self._base.aliases.items() if of == name and alias not in self._untied]
+        if name != first:
+            self._untied.add(name)
+        self._compared.add(name)
+        with torch.no_grad(), self._base.filled([first]):
+            base = self._base.tensors[first].detach().float()
+            merged = base if merged is None else merged.float()
+            stored = [own for own in (name, *shared) if own in self._release]
+            self._facts |= {own: self._measured(own, base, merged) for own in stored}
+            if not stored and self._release.expects(name):
+                self._absent[name] = None
+
+    def _measured(self, name: str, base: torch.Tensor, merged: torch.Tensor) -> TensorStrength:
+        outline = TensorStrength(
+            name=name,
+            kind=self._release.kind(name),
+            touched=merged is not base,
+            shape=tuple(self._release.shape(name)),
+            expected_shape=tuple(merged.shape),
+        )
+        if not is_near(outline.shape, outline.expected_shape):
+            return outline  # the values are not read
+        actual = self._release.read(name)
+        outline = replace(outline, shape=tuple(actual.shape))
+        if base.shape == merged.shape == actual.shape:
+            quantize = partial(self._release.requantized, name) if outline.kind else _in_16_bits
+            return fitted(outline, base, merged, actual, self._dtype, quantize)
+        if not base.dim() == merged.dim() == actual.dim():
+            return outline
+        part = tuple(slice(min(sizes)) for sizes in zip(base.shape, merged.shape, actual.shape, strict=True))
+        return fitted(outline, base[part], merged[part], actual[part], self._dtype)
 
     def end(self, attempt: MergeAttempt) -> Evidence:
         attempt.merge = None  # its memory is of no use to what follows
-        release = self._release
-        measurement = Measurement(format=release.format, added=release.added, settings=release.settings)
+        measurement = Measurement(format=self._release.format)
         if attempt.evidence.refusal is None:
             self._compare_others()
             measurement = replace(measurement, tensors=tuple(self._facts.values()), absent=tuple(self._absent))
         return replace(attempt.evidence, facts=(*attempt.evidence.facts, ("quantized", measurement)))
 
     def _compare_others(self) -> None:
-        shares: dict[str, list[float]] = defaultdict(lambda: [0.0])
-        for facts in self._facts.values():
-            shares[facts.kind].append(facts.noise / (facts.weight or 1.0))
-        left = MOST_REPEATED
-        for name in self._base.tensors.keys() - self._facts.keys() - self._base.newly_initialized:
-            with torch.no_grad(), self._base.filled([name]):
-                base = self._base.tensors[name].detach().float()
-                if not base.numel() or not base.dim() or (read := self._read(name, base)) is None:
-                    continue
-                facts, actual, requantize = read
-                if actual.shape == base.shape:
-                    facts = untouched(facts, base, actual)
-                    if left and facts.kind and facts.distance > FAR * max(shares[facts.kind]) * facts.weight:
-                        left -= 1
-                        facts = repeated(facts, base, base, actual, requantize, self._dtype)
-                self._facts[name] = facts
+        apart = [name for name, _ in self.untied]
+        for name in (*apart, *(self._base.tensors.keys() - self._base.newly_initialized)):
+            if name in self._compared:
+                continue
+            if self._base.tensors[self._base.first_name(name)].numel():
+                self._compare(name, None)
+
+
+def _in_16_bits(values: torch.Tensor) -> torch.Tensor:
+    """What plain floats may lose. Float16 loses less, but for tiny values."""
+    return values.bfloat16().float()

@@ -20,21 +20,27 @@ class TensorStrength:
     Attributes:
         name: the name in the model.
         kind: how the release stores it, such as `Q4_K`; empty for plain floats.
-        touched: whether the merge changes it. Otherwise, only the norms and `own_noise` are known.
+        touched: whether the merge can change it.
         shape, expected_shape: in the release, and in the merge. If they differ, the common part is compared.
         nonfinite: how many values of Q are not finite. Nothing else is known then.
         numel: the number of values.
         strength: k. 1 is the merge, and 0 is the base.
         error: the standard error of k: the largest of the errors for white noise, for noise that differs between rows,
             and of the same fit on deltas whose rows are shuffled. Inf if the fit has no solution.
-        scale: a. Quantizers that fit their scales shrink W a little.
+        scale, scale_error: a, and its standard error for white noise. Quantizers that fit their scales shrink W a
+            little.
         weight: the norm of W.
         delta: the norm of D.
         noise: the norm of what the fit leaves.
         distance: the norm of Q - W.
         bend: how much larger k is for large values of D, in standard errors. Rounding to codes erases small values.
-        own_noise: the norm of the error if W itself is quantized in this format; None if that cannot be repeated.
-        changed: the share of values that differ from this quantized W; None if it cannot be repeated.
+        own_noise: the norm of the noise of W + kD, quantized in this format; None if that cannot be repeated.
+        own_scale: a of the quantized W + kD.
+        loudest: how many times its own noise the noise of a row is, in the row where it is most; Inf if that row does
+            not resemble the base's.
+        uneven: how far strengths of rows differ from k, against those of the repeated quantization; the larger ratio of
+            the mean and of the largest squares, in variances. About 1 if each row has the same k.
+        changed: the share of values that differ from W, quantized in this format; None if it cannot be repeated.
         is_erased: whether Q is nearer to a merge into that quantized W than to the quantized merge and to that W; None
             if unknown.
         rotated: whether rows or columns keep their norms although Q does not resemble W.
@@ -50,24 +56,19 @@ class TensorStrength:
     strength: float = 0.0
     error: float = math.inf
     scale: float = 1.0
+    scale_error: float = 0.0
     weight: float = 0.0
     delta: float = 0.0
     noise: float = 0.0
     distance: float = 0.0
     bend: float = 0.0
     own_noise: float | None = None
+    own_scale: float = 1.0
+    loudest: float = 0.0
+    uneven: float = 0.0
     changed: float | None = None
     is_erased: bool | None = None
     rotated: bool = False
-
-
-@record
-class Setting:
-    """What the header of a release says, and what the base's config says instead."""
-
-    name: str
-    actual: str
-    expected: str
 
 
 @record
@@ -75,11 +76,8 @@ class Measurement:
     """A release, compared with the merge of one adapter.
 
     `absent` are tensors that the merge changes, and that the release lacks. `format` is what texts call its format.
-    `added` are tensors that the model does not have, and `settings` differ from those of the base.
     """
 
     format: str = ""
     tensors: tuple[TensorStrength, ...] = ()
     absent: tuple[str, ...] = ()
-    added: tuple[str, ...] = ()
-    settings: tuple[Setting, ...] = ()

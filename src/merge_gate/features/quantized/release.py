@@ -8,8 +8,6 @@ from typing import Protocol
 
 import torch
 
-from merge_gate.features.quantized.measurement import Setting
-
 MOST_ROWS = 2
 """A tensor with other rows than the base's has at most so many times as many: such as a padded vocabulary."""
 
@@ -17,15 +15,15 @@ MOST_ROWS = 2
 class Release(Protocol):
     """The values of a release, by the names of the tensors as the base's files or the base's model has them.
 
-    `format` is what texts call it, such as `GGUF (Q4_K, Q6_K)`. `added` are tensors that the base does not have, and
-    `settings` differ from those of the base.
+    `format` is what texts call it, such as `GGUF (Q4_K, Q6_K)`.
     """
 
     format: str
-    added: tuple[str, ...]
-    settings: tuple[Setting, ...]
 
     def __contains__(self, name: str) -> bool: ...
+
+    def expects(self, name: str) -> bool:
+        """Whether a whole model in this format has the tensor: that of a text model has no images' weights."""
 
     def kind(self, name: str) -> str:
         """How a tensor is stored, such as `Q4_K`. Tensors of one kind have similar noise. Empty for plain floats."""

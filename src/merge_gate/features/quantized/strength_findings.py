@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import NormalDist, median
 from typing import Any, NamedTuple
 
@@ -30,9 +31,16 @@ CHANCE, POOLED_ERRORS, LEAST_BEND = 0.01, 3.0, 5.0
 """How often errors of right merges exceed the limit in all tensors together; limits in standard errors."""
 
 FACTOR_TOLERANCE = 0.05
-MOST_UNITS, MOST_FLOAT_DISTANCE = 3.0, 0.01
-"""Tensors with other values are further away than so many times their noise, or that of others of their kind: GPTQ has
-more noise than rounding. Plain floats are the base's, rounded to 16 bits."""
+MOST_UNITS, MOST_USUAL = 3.0, 1.5
+"""A tensor has other values if its noise is more than so many times that of rounding (GPTQ has up to 2.3 times), or so
+many times what is usual for its kind."""
+
+MOST_OF_ROW, MOST_UNEVEN = 2.0, 4.0
+"""Limits of the noise of a row, against the limit of its tensor, and of the strengths of rows."""
+
+MOST_SAME, LEAST_CHANGED = 0.01, 0.05
+"""If a kind of tensor has the codes of the base but for the first share of the values, others of it may not have more
+than the second."""
 
 MORE_LIKELY = 30.0
 """A candidate fits better if twice the logarithm of the likelihoods' ratio is above this."""
@@ -64,11 +72,17 @@ def pooled(tensors: Iterable[TensorStrength]) -> Strength:
 
 
 class _Release:
-    """The tensors of one measurement, and what they say together."""
+    """The tensors of one measurement, and what they say together.
+
+    Attributes:
+        touched, others: the tensors with a delta, and those without one.
+        odd, far: those of them that have other values than base, delta, and noise explain.
+    """
 
     def __init__(self, measurement: Measurement) -> None:
-        self.touched = [t for t in measurement.tensors if t.touched and t.delta and not t.nonfinite]
-        self.others = [t for t in measurement.tensors if not t.touched and not t.nonfinite]
+        known = _with_own_noise([tensor for tensor in measurement.tensors if not tensor.nonfinite])
+        self.touched = [tensor for tensor in known if tensor.delta]
+        self.others = [tensor for tensor in known if not tensor.delta]
         self.parts = [tensor for tensor in self.touched if math.isfinite(tensor.error)]
         self.pooled = pooled(self.parts)
         self.errors = NormalDist().inv_cdf(1 - CHANCE / 2 / max(1, len(self.parts)))
@@ -76,6 +90,24 @@ class _Release:
         self.figures: dict[str, Any] = {"factor": self.pooled.value, "error": self.pooled.error}
         self.figures["noise"] = ratio = noise / delta if delta else math.inf
         self.noise = f"the noise of {measurement.format} is {ratio:,.2g} times its size"
+        units, same = defaultdict[str, list[float]](list), set[str]()
+        for tensor in known:
+            if tensor.own_noise:
+                units[tensor.kind].append(tensor.noise / tensor.own_noise)
+            if not tensor.delta and tensor.changed is not None and tensor.changed < MOST_SAME:
+                same.add(tensor.kind)
+        self._most = {kind: min(MOST_UNITS, MOST_USUAL * max(1.0, median(own))) for kind, own in units.items()}
+        self._same = same - {""}
+        self.odd, self.far = ([*filter(self._is_odd, tensors)] for tensors in (self.touched, self.others))
+
+    def _is_odd(self, tensor: TensorStrength) -> bool:
+        """Whether a tensor has other values than base, delta, and noise explain, or a row has."""
+        most, own = self._most.get(tensor.kind, MOST_UNITS), tensor.own_noise
+        share = (tensor.noise if own is None else own) / (tensor.weight or 1.0)
+        is_scaled = abs(tensor.scale - tensor.own_scale) > TOLERANCE + share**2 + POOLED_ERRORS * tensor.scale_error
+        is_changed = not tensor.delta and tensor.kind in self._same and (tensor.changed or 0.0) > LEAST_CHANGED
+        is_loud = own is not None and (tensor.noise > most * own or tensor.loudest > MOST_OF_ROW * most)
+        return is_scaled or is_changed or is_loud or tensor.uneven > MOST_UNEVEN
 
     def far_from(self, value: float) -> list[TensorStrength]:
         """The tensors whose strength is not this value."""
@@ -87,26 +119,33 @@ class _Release:
         return is_known and self.pooled.is_near(1, POOLED_ERRORS) and not self.far_from(1)
 
     @property
+    def is_sound(self) -> bool:
+        return self.is_applied and not self.odd
+
+    @property
     def is_erased(self) -> bool:
         """Whether the merge was rounded to the grid of the quantized base, by the most telling tensors."""
-        erased = [tensor.is_erased for tensor in self.parts if tensor.is_erased is not None]
-        bend = sum(tensor.bend for tensor in self.parts) / math.sqrt(max(1, len(self.parts)))
+        parts = [tensor for tensor in self.parts if tensor.kind]
+        erased = [tensor.is_erased for tensor in parts if tensor.is_erased is not None]
+        bend = sum(tensor.bend for tensor in parts) / math.sqrt(max(1, len(parts)))
         is_bent = bend > LEAST_BEND and self.pooled.value < LEAST_STRENGTH
         return 2 * sum(erased) > len(erased) if erased else is_bent
 
-    def odd_noise(self) -> tuple[list[TensorStrength], list[TensorStrength]]:
-        """The tensors that are further from the base than their noise: those that the merge touches, and the others."""
-        shares: dict[str, list[float]] = defaultdict(list)
-        for tensor in self.touched:
-            shares[tensor.kind].append((tensor.own_noise or tensor.noise) / (tensor.weight or 1.0))
-        usual = {kind: MOST_UNITS * median(values) for kind, values in shares.items()}
-        usual[""] = MOST_FLOAT_DISTANCE
-        odd = [t for t in self.touched if t.kind and t.own_noise and t.noise > MOST_UNITS * t.own_noise]
-        limits = (
-            (t, MOST_UNITS * t.own_noise if t.own_noise else t.weight * usual.get(t.kind, math.inf))
-            for t in self.others
-        )
-        return odd, [tensor for tensor, limit in limits if tensor.distance > limit]
+
+def _with_own_noise(tensors: Sequence[TensorStrength]) -> list[TensorStrength]:
+    """The tensors. If the noise of one could not be repeated, it is as large as in others of its kind."""
+    usual: dict[str, float] = {}
+    for kind in {tensor.kind for tensor in tensors}:
+        own = [tensor for tensor in tensors if tensor.kind == kind and tensor.weight]
+        shares = [tensor.own_noise / tensor.weight for tensor in own if tensor.own_noise is not None]
+        if shares := shares or [tensor.noise / tensor.weight for tensor in own if tensor.delta]:
+            usual[kind] = median(shares)
+    return [
+        replace(tensor, own_noise=tensor.weight * usual[tensor.kind])
+        if tensor.own_noise is None and tensor.kind in usual
+        else tensor
+        for tensor in tensors
+    ]
 
 
 def _strength(tensor: TensorStrength) -> Strength:
@@ -120,7 +159,7 @@ def strength_findings(
     release, adapter = _Release(measurement), quoted(adapter, 200, "")
     yield from _unfit(measurement)
     yield from _per_tensor(release)
-    odd, far = release.odd_noise()
+    odd, far = release.odd, release.far
     is_odd = len(odd) > MOST_UNTOUCHED * len(release.touched)
     if 2 * sum(tensor.rotated for tensor in far) > len(release.others):
         what = (
@@ -133,39 +172,39 @@ def strength_findings(
         message = f"{what} differ from the base by more than the noise of {measurement.format}: {_listed([*far, *odd])}"
         yield finding("wrong-base", message, tensor=(far or odd)[0].name)
         return
-    at = f"{release.pooled} of its strength"
-    for name, other in ((name, _Release(compared)) for name, compared in candidates.items()):
-        if other.is_applied and (not release.is_applied or _fits_better(other, release)):
-            message = (
-                f"the candidate {quoted(name, 200)} is in it at {other.pooled} of its strength, the adapter at {at}"
-            )
-            yield finding("other-candidate", message, **release.figures)
-            return
-    if math.isinf(release.pooled.error):
-        why = "its delta is parallel to the weights, and quantizers scale these too"
-        yield finding(
-            "not-measurable", f"{adapter} cannot be measured: {why if release.touched else 'it changes nothing'}"
-        )
-    elif release.pooled.error > MOST_ERROR:
-        yield finding(
-            "not-measurable", f"{adapter} cannot be measured: it is at {at}; {release.noise}", **release.figures
-        )
-    elif release.is_applied:
-        vague = sum(not tensor.error <= MOST_ERROR for tensor in release.touched)
-        more = f". {vague:,} of {counted(len(release.touched), 'tensor')} cannot be measured alone" if vague else ""
-        yield finding("applied", f"{adapter} is in this release at {at}; {release.noise}{more}", **release.figures)
-    elif is_odd and not release.is_erased:
-        what = (
-            f"{counted(len(odd), 'tensor')} that the adapter changes differ from the base by more than noise and delta"
-        )
-        hint = "check the base and its revision: no candidate has these values" if candidates else ""
-        message = f"{what}, and the adapter is in them at {at}: {_listed(odd)}"
-        yield finding("unexplained", message, tensor=odd[0].name, hint=hint, **release.figures)
-    else:
-        yield _misapplied(release, f"{adapter} is in this release at {at}", config)
+    yield _kind(release, {name: _Release(other) for name, other in candidates.items()}, adapter, config)
     if far:
         what = f"{counted(len(far), 'tensor')} that the adapter does not touch differ from the base by more than noise"
         yield finding("base-changed", f"{what}: {_listed(far)}", tensor=far[0].name, tensors=len(far))
+
+
+def _kind(release: _Release, candidates: Mapping[str, _Release], adapter: str, config: AdapterConfig) -> Finding:
+    """What a release of this base is."""
+    at, odd = f"{release.pooled} of its strength", release.odd
+    for name, other in candidates.items():
+        if other.is_sound and (not release.is_sound or _fits_better(other, release)):
+            message = (
+                f"the candidate {quoted(name, 200)} is in it at {other.pooled} of its strength, the adapter at {at}"
+            )
+            return finding("other-candidate", message, **release.figures)
+    if math.isinf(release.pooled.error):
+        why = "its delta is parallel to the weights, and quantizers scale these too"
+        return finding(
+            "not-measurable", f"{adapter} cannot be measured: {why if release.touched else 'it changes nothing'}"
+        )
+    if release.pooled.error > MOST_ERROR:
+        message = f"{adapter} cannot be measured: it is at {at}; {release.noise}"
+        return finding("not-measurable", message, **release.figures)
+    if odd and not release.is_erased:
+        what = counted(len(odd), "tensor that the adapter changes differs", "tensors that the adapter changes differ")
+        message = f"{what} from the base by more than noise and delta, and the adapter is in this release at {at}"
+        hint = "check the base and its revision: no candidate has these values" if candidates else ""
+        return finding("unexplained", f"{message}: {_listed(odd)}", tensor=odd[0].name, hint=hint, **release.figures)
+    if not release.is_applied:
+        return _misapplied(release, f"{adapter} is in this release at {at}", config)
+    vague = sum(not tensor.error <= MOST_ERROR for tensor in release.touched)
+    more = f". {vague:,} of {counted(len(release.touched), 'tensor')} cannot be measured alone" if vague else ""
+    return finding("applied", f"{adapter} is in this release at {at}; {release.noise}{more}", **release.figures)
 
 
 def _unfit(measurement: Measurement) -> Iterator[Finding]:
@@ -173,14 +212,6 @@ def _unfit(measurement: Measurement) -> Iterator[Finding]:
         what = counted(len(absent), "tensor that the merge changes is", "tensors that the merge changes are")
         names = listing([quoted(name, 120) for name in absent], LISTED)
         yield finding("not-carried", f"{what} not in the release: {names}", tensor=absent[0])
-    if added := measurement.added:
-        what = counted(len(added), "tensor is", "tensors are")
-        names = listing([quoted(name, 120) for name in added], LISTED)
-        yield finding("added", f"{what} in the release and not in the merge: {names}", tensor=added[0])
-    for setting in measurement.settings[:LISTED]:
-        what = f"{quoted(setting.name, 120)} in the release is {quoted(setting.actual, 60)}"
-        hint = "quantize the merge again, with the config.json of the base"
-        yield finding("config-differs", f"{what}, expected {quoted(setting.expected, 60)} as in the base", hint=hint)
     if bad := [tensor for tensor in measurement.tensors if tensor.nonfinite]:
         what = f"{counted(sum(tensor.nonfinite for tensor in bad), 'value')} of {counted(len(bad), 'tensor')}"
         yield finding("nonfinite", f"{what} are NaN or Inf: {_listed(bad)}", tensor=bad[0].name)

@@ -1,4 +1,4 @@
-"""Measures one tensor of a release: the factor of the delta that is in it, and the error of that factor.
+"""Measures one tensor of a release: the factor of the delta that is in it, the error of that factor, and the rest.
 
 In: tensors of base, merge, and release. Out: a `TensorStrength`. Judges nothing.
 
@@ -7,8 +7,9 @@ In: tensors of base, merge, and release. Out: a `TensorStrength`. Judges nothing
    D that W and e do not explain, ak = ⟨Q - W, D⊥⟩ / ‖D⊥‖².
 3. The standard error of k is the largest of three: for white noise, ‖r‖ / (√n ‖D⊥‖); for noise that is alike within a
    row, from the sums ⟨rᵢ, D⊥ᵢ⟩ of the rows (White, Econometrica 48, 1980); and of the same fit on shuffled rows of D.
-4. A tensor that stands out is quantized again, with k times the delta. k is divided by the share of it that this
-   leaves, because clipped scales take more from some deltas. Is the tensor nearer to a merge into codes?
+4. W + kD is quantized again, which gives the noise to expect: of the tensor, and of each row. k is divided by the share
+   of it that this leaves, because clipped scales take more from some deltas.
+5. Is the tensor nearer to a merge into codes?
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dataclasses import replace
 
 import torch
 
-from merge_gate.features.quantized.measurement import TensorStrength
+from merge_gate.features.quantized.measurement import TOLERANCE, TensorStrength
 
 BLOCK = 1 << 18
 """Values that are multiplied at once: 14 MiB in float64."""
@@ -34,13 +35,25 @@ PARALLEL = 1e-6
 """A vector has no part of its own if other ones explain all but this share of its square."""
 
 UNLIKE = 0.5
-"""Below this factor of the base's values, a tensor does not resemble them."""
+"""Below this factor of the base's values, a tensor does not resemble them; above this share of its square, a row."""
+
+MOST_SHARES = 4.0
+"""The share of noise in the square of a row may be so many times the median of its tensor."""
 
 LEAST_NORMS, SAME_NORMS = 16, 0.8
 """Norms of so many rows or columns are the same if they correlate more than this."""
 
 EXPLAINED = 0.5
 """A quantized tensor explains another one that is nearer to it than to others by this factor."""
+
+ROUNDED, LEAST_NOISE = 2**-8, 1e-6
+"""What rounding to bfloat16 may add to the noise of a value, and what the noise of the tensor adds to that of a row."""
+
+SURE_ERRORS = 3.0
+"""A loss of the delta counts if it is larger than so many standard errors."""
+
+FIGURES = ("numel", "strength", "error", "scale", "scale_error", "weight", "delta", "noise", "distance", "bend")
+"""What a fit knows, and `TensorStrength` has."""
 
 Requantize = Callable[[torch.Tensor], torch.Tensor | None]
 
@@ -71,6 +84,8 @@ class _Products:
 
     def rest(self, vector: torch.Tensor, others: list[int]) -> torch.Tensor:
         """The part of a combination of vectors that the others do not explain, by least squares: its coefficients."""
+        if not others:
+            return vector
         sizes = self.total.diagonal()[others].sqrt()
         gram = self.total[others][:, others] / sizes[:, None] / sizes
         rest = vector.clone()
@@ -99,83 +114,126 @@ def _blocks(tensor: torch.Tensor) -> Iterator[slice]:
     return (slice(start, start + count) for start in range(0, len(tensor), count))
 
 
-def fitted(
-    outline: TensorStrength, base: torch.Tensor, merged: torch.Tensor, actual: torch.Tensor, dtype: torch.dtype
-) -> TensorStrength:
-    """The figures of a tensor that the merge changes, from W, W + D, and Q in one shape and in float32.
+class _Fit:
+    """Steps 1 to 3. For a delta of zero, or one that is parallel to W, only the factor of W is fitted.
 
-    `dtype` is that of the base's files: the merge may have been rounded to it.
+    `along` and `residual` are combinations of the vectors: D⊥, or None, and r.
     """
-    if bad := int((~actual.isfinite()).sum()):
-        return replace(outline, nonfinite=bad)
-    base, merged, actual = (tensor.reshape(-1, 1) if tensor.dim() < 2 else tensor for tensor in (base, merged, actual))  # noqa: PLR2004 - a vector
-    # 1.
-    products, numel, unit = _Products(base, merged, actual, dtype), base.numel(), torch.eye(_VECTORS).double()
-    weight, delta, distance = (products.norm(which) for which in (_W, _D, _Y))
-    facts = replace(outline, numel=numel, weight=weight, delta=delta, distance=distance, noise=distance)
-    # 2.
-    others = [which for which in (_W, _E) if products.norm(which) > math.sqrt(PARALLEL) * delta]
-    along, rest = (products.rest(unit[which], others) for which in (_D, _Y))
-    if not delta or products.product(along, along) <= PARALLEL * delta**2:
-        return facts
-    factor, error = products.factor(rest, along, numel)
-    residual = rest - factor * along
-    scale = 1 - float(residual[_W])
-    noise, shrunk = math.sqrt(max(0.0, products.product(residual, residual))), max(scale, UNLIKE)
-    facts = replace(facts, strength=factor / shrunk, error=error / shrunk, scale=scale, noise=noise)
-    large = products.rest(unit[_LARGE], [*others, _D])
-    if products.product(large, large) > PARALLEL * delta**2:
-        bend, error = products.factor(residual, large, numel)
-        facts = replace(facts, bend=bend / error if error else 0.0)
-    return facts
+
+    def __init__(self, base: torch.Tensor, merged: torch.Tensor, actual: torch.Tensor, dtype: torch.dtype) -> None:
+        base, merged, actual = (t.reshape(-1, 1) if t.dim() < 2 else t for t in (base, merged, actual))  # noqa: PLR2004 - a vector
+        self.products = products = _Products(base, merged, actual, dtype)
+        self.numel, self.columns = base.numel(), base[0].numel() if len(base) else 0
+        self.weight, self.delta, self.distance = (products.norm(which) for which in (_W, _D, _Y))
+        unit = torch.eye(_VECTORS).double()
+        others = [which for which in (_W, _E) if products.norm(which) > math.sqrt(PARALLEL) * self.delta]
+        along, self.residual = (products.rest(unit[which], others) for which in (_D, _Y))
+        self.along = along if self.delta and products.product(along, along) > PARALLEL * self.delta**2 else None
+        self.strength, self.error, self.bend = 0.0, math.inf, 0.0
+        if self.along is not None:
+            factor, error = products.factor(self.residual, along, self.numel)
+            self.residual = self.residual - factor * along
+        self.scale = 1 - float(self.residual[_W])
+        self.noise = math.sqrt(max(0.0, products.product(self.residual, self.residual)))
+        own = products.rest(unit[_W], [_D] if self.along is not None else [])
+        own_size = math.sqrt(max(0.0, products.product(own, own)) * max(1, self.numel))
+        self.scale_error = self.noise / own_size if own_size else 0.0
+        if self.along is None:
+            return
+        shrunk = max(self.scale, UNLIKE)
+        self.strength, self.error = factor / shrunk, error / shrunk
+        large = products.rest(unit[_LARGE], [*others, _D])
+        if products.product(large, large) > PARALLEL * self.delta**2:
+            bend, error = products.factor(self.residual, large, self.numel)
+            self.bend = bend / error if error else 0.0
+
+    def noise_of_rows(self) -> torch.Tensor:
+        """The squares of the residuals of the rows."""
+        return torch.einsum("i,rij,j->r", self.residual, self.products.by_row, self.residual).clamp(min=0)
+
+    def chances(self, noise: torch.Tensor) -> torch.Tensor:
+        """How far the strength of each row is from k: squares, in variances for noise of this square in the row.
+
+        A variance allows for a factor of the row's own values, which differs from a by half the tolerance.
+        """
+        if self.along is None:
+            return noise.new_zeros(1)
+        by_row = self.products.by_row
+        of_noise, of_delta, of_weight = (
+            torch.einsum("i,rij,j->r", vector, by_row, self.along)
+            for vector in (self.residual, self.along, torch.eye(_VECTORS).double()[_W])
+        )
+        variance = of_delta.clamp(min=0) * noise / self.columns + (TOLERANCE / 2 * of_weight).square()
+        return (of_noise.square() / variance).nan_to_num(0.0, 0.0)
 
 
-def repeated(  # noqa: PLR0917
-    facts: TensorStrength,
+def fitted(  # noqa: PLR0917
+    outline: TensorStrength,
     base: torch.Tensor,
     merged: torch.Tensor,
     actual: torch.Tensor,
-    requantized: Requantize,
     dtype: torch.dtype,
+    requantized: Requantize | None = None,
 ) -> TensorStrength:
-    """Step 4: the facts, with those of the same quantization of the base, of the merge, and of a merge into codes."""
-    of_base = requantized(base)
-    if of_base is None:
+    """The figures of a tensor, from W, W + D, and Q in one shape and in float32.
+
+    `dtype` is that of the base's files: the merge may have been rounded to it. Without `requantized`, the noise to
+    expect is unknown.
+    """
+    if bad := int((~actual.isfinite()).sum()):
+        return replace(outline, nonfinite=bad)
+    fit = _Fit(base, merged, actual, dtype)
+    figures = {name: getattr(fit, name) for name in FIGURES}
+    facts = replace(outline, rotated=_is_rotated(fit.scale, base, actual), **figures)
+    of_base = requantized(base) if requantized is not None else None
+    if requantized is None or of_base is None:
         return facts
-    own_noise, changed = float((of_base - base).norm()), float((of_base != actual).float().mean())
-    facts = replace(facts, own_noise=own_noise, changed=changed)
-    if not facts.touched or math.isinf(facts.error):
-        return facts
+    # 4.
     delta = merged - base
-    into_codes, proper = requantized(of_base + delta), requantized(base + facts.strength * delta)
-    if into_codes is None or proper is None:
+    times = 1.0 if math.isinf(fit.error) else fit.strength
+    proper = requantized(base + times * delta) if fit.delta else of_base
+    if proper is None:
         return facts
-    if abs(facts.strength) > UNLIKE:
-        lost = max(UNLIKE, fitted(facts, base, merged, proper, dtype).strength / facts.strength)
-        facts = replace(facts, strength=facts.strength / lost, error=facts.error / lost)
+    again, rows = _Fit(base, merged, proper, dtype), _squares(base + times * delta)
+    own, noise = again.noise_of_rows() + ROUNDED**2 * rows, fit.noise_of_rows()
+    own += LEAST_NOISE * own.mean()
+    shares = noise / (rows + LEAST_NOISE * rows.mean())
+    is_unlike = float(shares.max()) > max(UNLIKE, MOST_SHARES * float(shares.median()))
+    noise = torch.maximum(noise, own)
+    far, usual = fit.chances(noise), again.chances(own)
+    largest = 2 * math.log(len(far) + 1)  # of as many squares by chance
+    uneven = max(float(far.mean() / usual.mean().clamp(min=1)), float(far.max() / usual.max().clamp(min=largest)))
+    own_noise = math.sqrt(float(own.sum()))
+    facts = replace(
+        facts,
+        own_noise=own_noise,
+        own_scale=again.scale,
+        loudest=math.inf if is_unlike else math.sqrt(float((noise / own).max())),
+        uneven=uneven,
+        changed=float((of_base != actual).float().mean()),
+    )
+    if abs(facts.strength) > UNLIKE and not math.isinf(facts.error):
+        lost = max(UNLIKE, again.strength / facts.strength)
+        if abs(lost - 1) > SURE_ERRORS * facts.error:
+            facts = replace(facts, strength=facts.strength / lost, error=facts.error / lost)
+    # 5.
+    if not outline.kind or math.isinf(facts.error) or (into_codes := requantized(of_base + delta)) is None:
+        return facts
     to_codes, to_proper, to_base = (float((actual - values).norm()) for values in (into_codes, proper, of_base))
     if min(to_codes, to_proper, to_base) > EXPLAINED * own_noise:
         return facts  # another quantizer, with other codes
     return replace(facts, is_erased=to_codes < EXPLAINED * min(to_proper, to_base))
 
 
-def untouched(outline: TensorStrength, base: torch.Tensor, actual: torch.Tensor) -> TensorStrength:
-    """The figures of a tensor that the merge leaves alone, in float32 and of one shape."""
-    if bad := int((~actual.isfinite()).sum()):
-        return replace(outline, nonfinite=bad)
-    weight, distance, cross = 0.0, 0.0, 0.0
-    for rows in _blocks(base) if base.dim() else ():
-        w, q = base[rows].double(), actual[rows].double()
-        weight, distance = weight + float(w.square().sum()), distance + float((q - w).square().sum())
-        cross += float((q * w).sum())
-    scale = cross / weight if weight else 1.0
-    facts = replace(outline, numel=base.numel(), weight=math.sqrt(weight), distance=math.sqrt(distance), scale=scale)
-    return replace(facts, rotated=_is_rotated(facts, base, actual))
+def _squares(values: torch.Tensor) -> torch.Tensor:
+    """The square of the norm of each row, in float64; of each value of a vector."""
+    norms: torch.Tensor = values.reshape(len(values), -1).norm(dim=1)
+    return norms.double().square()
 
 
-def _is_rotated(facts: TensorStrength, base: torch.Tensor, actual: torch.Tensor) -> bool:
+def _is_rotated(scale: float, base: torch.Tensor, actual: torch.Tensor) -> bool:
     """Whether rows or columns have the base's norms, with other values: a rotation keeps the norms."""
-    if abs(facts.scale) > UNLIKE or base.dim() != 2 or min(base.shape) < LEAST_NORMS:  # noqa: PLR2004 - a matrix
+    if abs(scale) > UNLIKE or base.dim() != 2 or min(base.shape) < LEAST_NORMS:  # noqa: PLR2004 - a matrix
         return False
     pairs = (torch.stack([tensor.norm(dim=dim) for tensor in (base, actual)]) for dim in (0, 1))
     return any(float(pair.corrcoef()[0, 1]) > SAME_NORMS for pair in pairs)
