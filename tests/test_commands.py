@@ -28,6 +28,7 @@ import yaml
 from merge_gate import __main__, demo
 from merge_gate._internal.errors import GateError
 from merge_gate.action.docker import launcher
+from merge_gate.action.docker.container import ContainerRun, gate_words
 from merge_gate.cli import demo_command, dispatch, init_command
 from merge_gate.cli.dispatch import main
 from merge_gate.cli.parser import COMMANDS
@@ -49,7 +50,6 @@ from tests.support.tried import tried
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from merge_gate.action.docker.container import ContainerRun
     from merge_gate.worker.protocol import Event, Job
     from tests.support.wording import Wording
 
@@ -242,7 +242,7 @@ def container(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[ContainerRun
     [
         ((), ()),
         (("--shard", "2/4", "--refresh", "--only", "one"), ("--only", "one", "--refresh", "--shard", "2/4")),
-        (("--refresh", "--access", "stream"), ("--refresh", "--access", "stream")),
+        (("--refresh", "--access", "stream", "--image", "x:y"), ("--refresh", "--access", "stream")),
         (("--forward", "required"), ("--forward", "required")),
     ],
 )
@@ -252,6 +252,13 @@ def test_a_run_in_a_container_is_told_what_this_one_was(
     assert main(["run", "gate.yml", "--container", *words]) == 1
     assert [one.arguments for one in container] == [inside]
     assert capfd.readouterr().out == "from the inside\n"
+
+
+def test_a_run_in_a_container_is_told_where_to_publish(container: list[ContainerRun], place: Path) -> None:
+    assert main(["run", "gate.yml", "--container", "--publish", "merged", "--max-shard-size", "1KiB"]) == 1
+    assert container[0].publish == place / "merged"
+    more = ["--publish", str(place / "merged"), "--max-shard-size", "1.024KB"]
+    assert gate_words(container[0], "cpu")[-4:] == more
 
 
 @pytest.mark.usefixtures("container")

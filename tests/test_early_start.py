@@ -104,10 +104,10 @@ def test_it_runs_while_the_config_is_read_and_ends_if_unused(
     assert nothing_is_left(place)
 
 
-def test_where_none_can_be_started_yet_the_run_says_so_itself(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_none_can_be_started_yet_the_run_says_so_itself(place: Path) -> None:
     """An earlier report no longer stands at its place."""
     (place / "merge-gate-report").mkdir()
     (place / "merge-gate-report" / "report.json").write_text(render(EMPTY))
-    monkeypatch.setattr("tempfile.tempdir", str(place / "nowhere"))
+    (place / "tmp").rmdir()
     assert main(["run", "gate.yml"]) == 3
     assert (place / "merge-gate-report" / "report.json").read_text() != render(EMPTY)

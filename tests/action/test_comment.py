@@ -124,7 +124,7 @@ def test_an_odd_answer_is_a_warning(
     answer: Any, github: GitHub, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     github.answer = answer  # type: ignore[method-assign]
-    monkeypatch.setattr(comment, "_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(comment, "TIMEOUT_S", 1.0)
     assert comment.main(environ) == 0
     assert "::warning" in capsys.readouterr().out
 

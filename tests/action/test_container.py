@@ -13,7 +13,6 @@ from merge_gate.action.docker import container, handover, launcher, released_ima
 from merge_gate.action.docker.container import ContainerRun, PreparedContainer
 from merge_gate.action.docker.docker_api import Engine
 from merge_gate.action.docker.launcher import run_in_container
-from merge_gate.cli import dispatch
 from tests.support.wording import Wording
 
 TOKEN = "hf_secret"
@@ -193,23 +192,6 @@ def test_a_person_needs_to_say_nothing(run: ContainerRun, tmp_path: Path, monkey
     assert asked.output == run.workspace / "out"
     assert asked.hf_cache == tmp_path / "cache"
     assert asked.arguments == ("--only", "a", "--only", "b c")
-
-
-def test_the_command_hands_on_what_the_gate_inside_has_to_know(
-    run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = tmp_path / "gate.yml"
-    config.write_text("version: 1\nadapters: [./a]\n", encoding="utf-8")
-    asked: list[ContainerRun] = []
-    monkeypatch.setattr(launcher, "run_in_container", lambda wanted, _log: asked.append(wanted) or 0)
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "a").mkdir()
-    dispatch.main(["run", str(config), "--container", "--only", "a", "--refresh", "--image", "x:y"])
-    assert asked[0].arguments == ("--only", "a", "--refresh")
-    dispatch.main(["run", str(config), "--container", "--publish", "merged", "--max-shard-size", "1KiB"])
-    assert asked[1].publish == tmp_path / "merged"
-    more = ["--publish", str(tmp_path / "merged"), "--max-shard-size", "1.024KB"]
-    assert container.gate_words(asked[1], "cpu")[-4:] == more
 
 
 def test_a_config_elsewhere_brings_its_own_workspace(run: ContainerRun, tmp_path: Path, monkeypatch) -> None:

@@ -29,8 +29,8 @@ LOCK = ROOT / "requirements" / "launcher.txt"
 @pytest.fixture
 def environ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """A user of this machine who sees none of its own sockets."""
-    here = tuple(template for template in docker_api._SOCKETS if template.startswith("{"))
-    monkeypatch.setattr(docker_api, "_SOCKETS", here)
+    here = tuple(template for template in docker_api.SOCKETS if template.startswith("{"))
+    monkeypatch.setattr(docker_api, "SOCKETS", here)
     return {"XDG_RUNTIME_DIR": str(tmp_path), "HOME": str(tmp_path / "home")}
 
 

@@ -187,7 +187,7 @@ def test_an_engine_is_served_as_it_says_that_it_is(run, engine: Engine, heard: H
 
 
 def test_an_image_that_is_not_there_is_pulled(run, engine: Engine, heard: Heard, monkeypatch) -> None:
-    monkeypatch.setattr(docker_api, "_PROGRESS_S", 0.0)
+    monkeypatch.setattr(docker_api, "PROGRESS_S", 0.0)
     engine.can_pull["host/gate:1"] = {"Id": "sha256:2", "RepoDigests": ["host/gate@sha256:3"]}
     layers = ("a", 1_000_000, 4_000_000), ("b", 2_000_000, 6_000_000)
     engine.pull_says = [{"status": "Pulling from host/gate"}] + [
@@ -222,13 +222,12 @@ def test_a_pull_that_brings_nothing(run, engine: Engine, heard: Heard, says: lis
     assert engine.made == []
 
 
-@pytest.mark.parametrize(("gpus", "image"), [("none", "gate:cpu"), ("all", "gate:cuda")])
+@pytest.mark.parametrize(("gpus", "image"), [("none", "CPU"), ("all", "CUDA")])
 def test_a_release_runs_its_own_image(run, engine: Engine, heard: Heard, monkeypatch, gpus: str, image: str) -> None:
-    monkeypatch.setattr(released_image, "CPU", "gate:cpu")
-    monkeypatch.setattr(released_image, "CUDA", "gate:cuda")
-    engine.images = {"gate:cpu": {"Id": "gate:cpu"}, "gate:cuda": {"Id": "gate:cuda"}}
+    monkeypatch.setattr(released_image, image, "gate:1")
+    engine.images = {"gate:1": {"Id": "gate:1"}}
     heard.run(replace(run, image="", gpus=gpus))
-    assert heard.images == [engine.container.asked["Image"]] == [image]
+    assert heard.images == [engine.container.asked["Image"]] == ["gate:1"]
 
 
 # --- GPUs ------------------------------------------------------------------------------------------------------------

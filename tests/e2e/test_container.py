@@ -293,7 +293,7 @@ def test_a_request_that_the_engine_ignores_is_an_error(run: ContainerRun, log: L
     facts = docker_api.Engine(
         podman=False, rootless=False, remapped=False, selinux=False, nvidia_runtime=True, cdi_gpus=False
     )
-    monkeypatch.setattr(docker_api, "describe", lambda _client: facts)
+    monkeypatch.setattr(docker_api, "describe", lambda _: facts)
     assert run_in_container(replace(run, gpus="all"), log) == 3
     assert "NVIDIA Container Toolkit" in log.text
     assert not (run.output / "report.json").exists()

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from merge_gate._internal.errors import SourceError
-from merge_gate.files import feed as feeds
-from merge_gate.files.feed import Feed, LocalFeed
+from merge_gate.files.feed import PIECE_BYTES, Feed, LocalFeed
 from merge_gate.files.json_object import read_as_transformers
 
 if TYPE_CHECKING:
@@ -29,15 +28,16 @@ def directory(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_a_read_has_exactly_the_bytes(directory: Path, keep: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeds, "PIECE_BYTES", 100)
-    buffers = [bytearray(size) for size in (0, 1, 100, 1001)]
+def test_a_read_has_exactly_the_bytes(directory: Path, keep: bool) -> None:
+    content = CONTENT * (2 * PIECE_BYTES // len(CONTENT) + 1)
+    (directory / "part" / "one.safetensors").write_bytes(content)
+    buffers = [bytearray(size) for size in (0, 1, PIECE_BYTES, 2 * PIECE_BYTES + 1)]
     with LocalFeed(str(directory), keep=keep) as local:
         feed: Feed = local
         feed.expect((), whole=True)
         with ThreadPoolExecutor(4) as pool:
             list(pool.map(lambda one: feed.read("part/one.safetensors", 17, memoryview(one)), buffers))
-    assert [bytes(one) for one in buffers] == [CONTENT[17 : 17 + len(one)] for one in buffers]
+    assert [bytes(one) for one in buffers] == [content[17 : 17 + len(one)] for one in buffers]
 
 
 def test_a_file_that_ends_too_early_is_an_error(directory: Path) -> None:

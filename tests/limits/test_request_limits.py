@@ -44,7 +44,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub
         monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 0.0)
         monkeypatch.setattr(hub_module, "PAUSES_S", (0.01, 0.02))
         monkeypatch.setattr(request_limits, "REQUEST_TIMEOUT_S", TIMEOUT_S)
-        monkeypatch.setattr(hub_file, "REQUEST_TIMEOUT_S", TIMEOUT_S)
         hub.add_repo(LORA, ADAPTER, private=True, token=TOKEN)
         yield hub
 

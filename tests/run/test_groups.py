@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,35 +28,20 @@ def base(tmp_path: Path) -> str:
     return str(tmp_path / "base")
 
 
-def group(directory: str) -> Group:
+def group(directory: str, is_large: bool = False) -> Group:
     key = BaseKey(model="base", revision=None, dtype="auto", quantization=Quantization.NONE)
-    return Group(base=key, directory=directory, files=BaseFiles(directory=directory, weights=(WEIGHTS,)), tasks=())
+    files = BaseFiles(directory=directory, weights=(WEIGHTS,), weight_bytes=1 << 60 if is_large else 7)
+    return Group(base=key, directory=directory, files=files, tasks=())
 
 
-Machine = Callable[[str | None, str | None], None]
-
-
-@pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Sets what is said of a base that is too large, and the file system of its mount."""
-
-    def is_so(note: str | None, system: str | None) -> None:
-        monkeypatch.setattr(groups, "too_large", lambda *_: note)
-        monkeypatch.setattr(groups, "network_file_system", lambda _: system)
-
-    return is_so
-
-
-@pytest.mark.parametrize("note", [None, "too large"])
+@pytest.mark.parametrize("is_large", [False, True])
 @pytest.mark.parametrize("system", [None, "nfs4"])
-def test_a_base_that_is_large_or_on_a_network_is_fed(
-    note: str | None, system: str | None, base: str, machine: Machine
-) -> None:
-    machine(note, system)
+def test_a_base_that_is_large_or_on_a_network_is_fed(is_large, system, base, monkeypatch) -> None:
+    monkeypatch.setattr(groups, "network_file_system", lambda _: system)
     notes: list[str] = []
-    scheduled = placed(group(base), Read.AUTO, notes.append)
-    assert (scheduled.one_pass, scheduled.fed) == (note is not None, bool(note or system))
-    assert notes == ([note] if note else [])
+    scheduled = placed(group(base, is_large), Read.AUTO, notes.append)
+    assert (scheduled.one_pass, scheduled.fed) == (is_large, is_large or system is not None)
+    assert ["of memory are free" in note for note in notes] == [True] * is_large
     assert groups.headers_timeout_s("/base") == (groups.HEADERS_TIMEOUT_S if system else None)
 
 
@@ -67,15 +51,14 @@ def test_a_streamed_base_is_fed_in_a_pass(base: str) -> None:
     assert (scheduled.one_pass, scheduled.fed) == (True, True)
 
 
-@pytest.mark.parametrize("note", [None, "too large"])
-def test_only_what_adapters_touch_is_read_of_a_recorded_base(note: str | None, base: str, machine: Machine) -> None:
-    machine(note, None)
+@pytest.mark.parametrize("is_large", [False, True])
+def test_only_what_adapters_touch_is_read_of_a_recorded_base(is_large: bool, base: str) -> None:
     record = BaseFigures(model_class="A", figures=())
     with pytest.raises(UsageError):
         refuse_unread(group(base), Read.TOUCHED)
     for read in Read:
-        scheduled = placed(replace(group(base), earlier_figures=(record,)), read, lambda _: None)
-        assert scheduled.one_pass == (note is not None or read is Read.TOUCHED)
+        scheduled = placed(replace(group(base, is_large), earlier_figures=(record,)), read, lambda _: None)
+        assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
 
 
 # --- groups ----------------------------------------------------------------------------------------------------------

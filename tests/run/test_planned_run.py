@@ -10,13 +10,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.config.load_config import load_config
-from merge_gate.features.stream import feed_service
 from merge_gate.files import hub, resolve
 from merge_gate.records.options import RunOptions
 from merge_gate.report.stored.report_files import write_report
@@ -38,14 +38,21 @@ BASE = "acme/llama"
 
 
 @pytest.fixture
-def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two adapters that can be merged, one that cannot, and a base. There are 3 GiB of memory."""
+def free(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What is free of the machine: bytes of memory and of the disk."""
+    free = SimpleNamespace(memory=3 << 30, disk=5_000_000_000)
+    monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: free.memory)
+    monkeypatch.setattr(hub, "free_disk_bytes", lambda _: free.disk)
+    return free
+
+
+@pytest.fixture
+def place(shelf: Shelf, tmp_path: Path, free: SimpleNamespace) -> Path:
+    """Two adapters that can be merged, one that cannot, and a base."""
     shutil.copytree(shelf.base("llama"), tmp_path / "base")
     for name in ("a", "b", "c"):
         shutil.copytree(shelf.adapter("plain"), tmp_path / "adapters" / name)
     overwrite(LFS_POINTER)(tmp_path / "adapters" / "c")
-    monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 3 << 30)
-    monkeypatch.setattr(feed_service, "_slots", lambda: 12)
     return tmp_path
 
 
@@ -53,7 +60,6 @@ def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 def server(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub() as server:
         server.serve_this_process(monkeypatch, place / "cache")
-        monkeypatch.setattr(hub, "_free_bytes", lambda _: 5_000_000_000)
         for name, directory in ((BASE, place / "base"), ("acme/lora", place / "adapters" / "a")):
             server.add_repo(name, {file.name: file.read_bytes() for file in directory.iterdir()})
         yield server
@@ -111,21 +117,18 @@ def test_lines_are_as_wide_as_the_terminal(place: Path) -> None:
     assert max(map(len, text.splitlines())) <= 50
 
 
-def test_a_base_that_the_worker_does_not_map(place: Path, wording: Wording, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_the_worker_does_not_map(place, free, wording, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(groups, "network_file_system", lambda _: "nfs4")
         wording(planned(place))
-    monkeypatch.setattr(MemoryGroup, "free_bytes", lambda _: 4000)
+    free.memory = 4000
     wording(planned(place))
 
 
 @pytest.mark.parametrize(("free_bytes", "access"), [(5_000_000_000, None), (2_000_000_000, None), (10, "download")])
-def test_a_base_and_an_adapter_on_the_hub(
-    free_bytes: int, access: str | None, server: LoopbackHub, place: Path, wording: Wording,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+def test_a_base_and_an_adapter_on_the_hub(free_bytes, access, free, server, place, wording) -> None:
     """No weights are fetched."""
-    monkeypatch.setattr(hub, "_free_bytes", lambda _: free_bytes)
+    free.disk = free_bytes
     base = {"model": BASE, "access": access} if access else BASE
     text = planned(place, base=base, adapters=["acme/lora", "./adapters/b"])
     wording(text)

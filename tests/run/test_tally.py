@@ -122,13 +122,10 @@ def test_a_run_without_a_directory_makes_no_report(tmp_path: Path, start: Callab
     assert not [*tmp_path.iterdir()]
 
 
-def test_reports_that_are_sent_have_a_pause_and_are_not_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reports_that_are_sent_have_a_pause_and_are_not_written(start, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     sent: list[Any] = []
-    run = Run(None, report_made=sent.append)
-    monkeypatch.setattr(tally, "time", SimpleNamespace(monotonic=lambda: run.now))
+    run = start(None, report_made=sent.append)
     run.writer.write_first(EMPTY)
     assert run.judge() == 1
     run.now += SENT_EVERY_S - 0.5

@@ -138,7 +138,7 @@ def test_a_card_shows_by_its_device_files(device: str, tmp_path: Path) -> None:
     assert not has_card(tmp_path)
     (tmp_path / device).touch()
     assert has_card(tmp_path)
-    assert any((tmp_path / device).match(pattern) for pattern in sandbox._DEVICES)
+    assert any((tmp_path / device).match(pattern) for pattern in sandbox.DEVICES)
 
 
 def test_where_devices_cannot_be_listed_there_may_be_a_card(tmp_path: Path) -> None:

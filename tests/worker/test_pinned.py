@@ -149,7 +149,7 @@ def test_a_directory_stays_though_another_takes_its_name(tmp_path: Path) -> None
 
 
 def test_a_system_without_such_links_reads_files_by_name(adapter: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pinned, "_OPEN_FILES", Path("/nowhere"))
+    monkeypatch.setattr(pinned, "OPEN_FILES", Path("/nowhere"))
     with pinned_adapter(read(adapter)) as files:
         assert files.directory == str(adapter)
     with pinned_directory(str(adapter)) as directory:

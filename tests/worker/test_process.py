@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -227,8 +226,7 @@ def test_no_child_outlives_a_parent_that_is_killed_at_once(delay_s: float, tmp_p
     assert used_s < 2.0, "it has imported torch"
 
 
-def test_the_directory_of_a_dead_run_alone_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_the_directory_of_a_dead_run_alone_is_removed(tmp_path: Path) -> None:
     dead = tmp_path / f"{PREFIX}dead1234"
     users = [tmp_path / "merge-gate-other", tmp_path / f"{PREFIX}notes", tmp_path / f"{PREFIX}my_notes"]
     for directory in (dead, *users):
@@ -237,18 +235,17 @@ def test_the_directory_of_a_dead_run_alone_is_removed(tmp_path: Path, monkeypatc
         os.utime(directory, (0, 0))
     young = tmp_path / f"{PREFIX}young123"
     young.mkdir(mode=0o700)  # it may be one that is being made
-    with private_directory() as living:
+    with private_directory(tmp_path) as living:
         os.utime(living, (0, 0))
         assert not dead.exists()
-        with private_directory() as other:
+        with private_directory(tmp_path) as other:
             assert Path(living).is_dir()
             assert Path(other).is_dir()
     assert {one.name for one in tmp_path.iterdir()} == {*(one.name for one in users), young.name}
 
 
-def test_a_process_that_cannot_be_killed_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_cannot_be_killed_is_left_behind() -> None:
     """It is in an uninterruptible wait of the kernel: signals do not end it."""
-    monkeypatch.setattr(process, "EXIT_TIMEOUT_S", 0.0)
     kills: list[bool] = []
 
     def wait(timeout: float | None = None) -> int:

@@ -152,7 +152,7 @@ def test_a_cache_without_a_limit_is_there_only_meanwhile(
     """Another release of transformers is imported as it is."""
     (tmp_path / "structures.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(quick_imports, "_STRUCTURES", "structures")
+    monkeypatch.setattr(quick_imports, "STRUCTURES", "structures")
     with quick_imports.quick_imports():
         module = importlib.import_module("structures")
         meanwhile = dict(vars(module))

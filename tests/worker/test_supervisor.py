@@ -15,7 +15,7 @@ import subprocess
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,7 +23,6 @@ from merge_gate.features.stream.batches import batches
 from merge_gate.files.preflight import preflight
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey
-from merge_gate.worker import supervisor
 from merge_gate.worker.channel import GarbledError
 from merge_gate.worker.process import WorkerProcess
 from merge_gate.worker.protocol import (
@@ -45,7 +44,7 @@ from merge_gate.worker.protocol import (
     Task,
     Unjudged,
 )
-from merge_gate.worker.supervisor import Attempt, WorkerSlot, supervise
+from merge_gate.worker.supervisor import FORWARD_SHARE, Attempt, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
 from tests.support.engine.base_headers import base_files
 from tests.support.engine.merges import RUNS
@@ -449,7 +448,7 @@ def test_a_pass_has_the_time_of_its_adapters_together(job: Job) -> None:
     attempt = begun(job, MergeStarted(task=0, others=(1, 2)))
     assert attempt._timeout_of_now() == sum(task.timeout_s for task in job.groups[0].tasks)
     attempt.receive(ForwardRunning(task=2, is_running=True))
-    assert attempt._timeout_of_now() == job.groups[0].tasks[2].timeout_s / supervisor.FORWARD_SHARE
+    assert attempt._timeout_of_now() == job.groups[0].tasks[2].timeout_s / FORWARD_SHARE
 
 
 def test_children_that_die_at_once_are_not_started_forever(trio: Group, tmp_path: Path, wording: Wording) -> None:
@@ -683,18 +682,6 @@ def test_a_slot_holds_one_process() -> None:
         assert children_of(os.getpid()) == [first.pid]
     assert not children_of(os.getpid())
     assert not worker.is_started
-
-
-def test_a_process_that_cannot_start_early_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse() -> NoReturn:
-        raise OSError("no process to be had")
-
-    monkeypatch.setattr(supervisor, "WorkerProcess", refuse)
-    with WorkerSlot() as worker:
-        worker.start_early()
-        assert not worker.is_started
-        with pytest.raises(OSError, match="no process"):
-            worker.start()
 
 
 def test_a_job_without_tasks_starts_nothing(shelf: Shelf) -> None:

@@ -27,7 +27,7 @@ _LIMIT = 65_000
 """GitHub takes 65,536 characters."""
 _PAGES = 30
 _PAGE_ENTRIES = 100
-_TIMEOUT_S = 60.0
+TIMEOUT_S = 60.0
 _MOST_BYTES = 32 << 20
 """A page of comments of the most characters, as JSON."""
 _INVISIBLE_SPACE = "\N{ZERO WIDTH SPACE}"
@@ -109,7 +109,7 @@ def _request(environ: Mapping[str, str], method: str, place: str, body: object =
             "X-GitHub-Api-Version": "2022-11-28",
         },
     )
-    return within(_TIMEOUT_S, lambda: _answer(request))
+    return within(TIMEOUT_S, lambda: _answer(request))
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
@@ -120,7 +120,7 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 
 def _answer(request: urllib.request.Request) -> Any:
-    with urllib.request.build_opener(_NoRedirects).open(request, timeout=_TIMEOUT_S) as answer:
+    with urllib.request.build_opener(_NoRedirects).open(request, timeout=TIMEOUT_S) as answer:
         content = answer.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
         raise ValueError(f"GitHub's answer has more than {_MOST_BYTES >> 20} MiB")

@@ -118,7 +118,7 @@ class Repository:
             streamable=streamable,
             withheld=tuple(sorted(files.keys() - {*chosen})),
             sizes={name: files[name].size or 0 for name in chosen},
-            free_bytes=_free_bytes(constants.HF_HUB_CACHE),
+            free_bytes=free_disk_bytes(constants.HF_HUB_CACHE),
         )
         if self.is_plan and absent:
             return replace(fetched, absent=absent, withheld=absent)
@@ -195,7 +195,10 @@ class Repository:
         if self.access is Access.DOWNLOAD or not absent:
             return ()
         if self.access is Access.AUTO:
-            size_bytes, free_bytes = sum(files[name].size or 0 for name in absent), _free_bytes(constants.HF_HUB_CACHE)
+            size_bytes, free_bytes = (
+                sum(files[name].size or 0 for name in absent),
+                free_disk_bytes(constants.HF_HUB_CACHE),
+            )
             if free_bytes is None or size_bytes <= free_bytes - SPARE_DISK_BYTES:
                 return ()
             self.notify(
@@ -331,7 +334,7 @@ def _set_up_library() -> None:
         constants.HF_HUB_DOWNLOAD_TIMEOUT = _DOWNLOAD_TIMEOUT_S
 
 
-def _free_bytes(directory: str) -> int | None:
+def free_disk_bytes(directory: str) -> int | None:
     """The free space on the disk of a directory that may not exist yet."""
     places = (Path(directory), *Path(directory).parents)
     with suppress(OSError, StopIteration):

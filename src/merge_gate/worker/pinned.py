@@ -21,7 +21,7 @@ from merge_gate._internal.regular_file import NotRegularFileError, open_regular_
 from merge_gate.files.identity import base_identity, identity_of
 from merge_gate.records.files import AdapterFiles, FileIdentity, HashedFile
 
-_OPEN_FILES = Path("/proc/self/fd")
+OPEN_FILES = Path("/proc/self/fd")
 
 
 @contextmanager
@@ -38,9 +38,9 @@ def pinned_adapter(files: AdapterFiles) -> Iterator[AdapterFiles]:
         # 2. Link to the open files.
         private = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for hashed, descriptor in opened:
-            private.joinpath(hashed.path).symlink_to(_OPEN_FILES / str(descriptor))
+            private.joinpath(hashed.path).symlink_to(OPEN_FILES / str(descriptor))
         try:
-            yield replace(files, directory=str(private)) if _OPEN_FILES.is_dir() else files
+            yield replace(files, directory=str(private)) if OPEN_FILES.is_dir() else files
         finally:
             for hashed, descriptor in opened:
                 _verify(files, hashed, descriptor)
@@ -84,12 +84,12 @@ def _changed(name: str, how: str) -> EngineError:
 @contextmanager
 def pinned_directory(directory: str) -> Iterator[str]:
     """A name of a base's directory that stays valid if the directory is moved or replaced."""
-    if not _OPEN_FILES.is_dir():
+    if not OPEN_FILES.is_dir():
         yield directory
         return
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        yield str(_OPEN_FILES / str(descriptor))
+        yield str(OPEN_FILES / str(descriptor))
     finally:
         os.close(descriptor)
 

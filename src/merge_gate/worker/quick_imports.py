@@ -21,7 +21,7 @@ from typing import Any
 
 _OPTIMIZERS, _FUNCTION = "scipy.optimize", "linear_sum_assignment"
 _EXECUTE = "<execute>"
-_STRUCTURES, _READS_SOURCE = "transformers.utils.import_utils", "create_import_structure_from_path"
+STRUCTURES, _READS_SOURCE = "transformers.utils.import_utils", "create_import_structure_from_path"
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ class _Finder:
 
     def __init__(self, undo: contextlib.ExitStack) -> None:
         self._undo = undo
-        self._executes: dict[str, Callable[..., None]] = {_OPTIMIZERS: _defer, _STRUCTURES: self._without_limit}
+        self._executes: dict[str, Callable[..., None]] = {_OPTIMIZERS: _defer, STRUCTURES: self._without_limit}
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, _: ModuleType | None = None) -> ModuleSpec | None:
         """The interface that importlib calls."""

@@ -41,9 +41,9 @@ CACHES = {
 }
 """Variables for directories that libraries write to, each with its name in the worker's own directory."""
 
-_DEVICES = (*CARDS, "dri/*")
+DEVICES = (*CARDS, "dri/*")
 _PR_SET_NO_NEW_PRIVS = 38
-_CAPABILITIES_VERSION, _READ_CAPABILITIES = 0x20080522, 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+CAPABILITIES_VERSION, _READ_CAPABILITIES = 0x20080522, 1 << 1 | 1 << 2  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
 _SPARE_FILE_BYTES = 1 << 30
 _SPARE_MEMORY_BYTES = 8 << 30
 _MAX_CAST_FACTOR = 4  # one byte of a file may become four in memory
@@ -97,14 +97,14 @@ def _try(sandbox: Sandbox, parts: tuple[str, ...], restrict: Callable[[], None],
 def _writable(directory: Path) -> Iterable[Path]:
     yield directory
     yield Path(os.devnull)
-    devices = [path for pattern in _DEVICES for path in Path("/dev").glob(pattern)]
+    devices = [path for pattern in DEVICES for path in Path("/dev").glob(pattern)]
     if devices:  # CUDA creates files in /dev/shm, and writes thread names to /proc/self
         yield from (path for path in (*devices, Path("/dev/shm"), Path("/proc/self")) if path.exists())  # noqa: S108
 
 
 def _drop_capabilities() -> None:
     """Drop root's capabilities, except the right to read any file."""
-    header = struct.pack("=Ii", _CAPABILITIES_VERSION, 0)
+    header = struct.pack("=Ii", CAPABILITIES_VERSION, 0)
     both_halves = ctypes.create_string_buffer(24)
     if _libc().capget(header, both_halves) == 0:
         effective, permitted, *_ = struct.unpack("=6I", both_halves.raw)
@@ -182,7 +182,7 @@ def _call(number: int, *arguments: object) -> int:
 
 # --- 2. seccomp ------------------------------------------------------------------------------------------------------
 
-_PR_SET_SECCOMP, _MODE_FILTER = 22, 2
+_PR_SET_SECCOMP, MODE_FILTER = 22, 2
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
@@ -250,7 +250,7 @@ def refuse_calls() -> None:
     program = b"".join(_program(*_ARCHITECTURES[platform.machine()]))
     buffer = ctypes.create_string_buffer(program, len(program))
     filter_ = struct.pack("@HP", len(program) // 8, ctypes.addressof(buffer))
-    if _libc().prctl(_PR_SET_SECCOMP, _MODE_FILTER, filter_, 0, 0):
+    if _libc().prctl(_PR_SET_SECCOMP, MODE_FILTER, filter_, 0, 0):
         raise _error()
 
 

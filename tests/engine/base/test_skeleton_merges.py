@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 import shutil
@@ -19,9 +20,7 @@ from peft.tuners.lycoris_utils import LycorisLayer
 from merge_gate._internal.errors import EngineError, SourceError
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import merge, merge_together
-from merge_gate.engine.base import skeleton
 from merge_gate.engine.base.loaded_base import Base
-from merge_gate.engine.base.skeleton import NoSkeletonError
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.merge import adapter_merge
 from merge_gate.engine.tensors.measure import same_bits
@@ -45,6 +44,8 @@ VARIANTS_IN_SLICE = (
     "every-projection", "dora-all-linear", "embedding", "modules-to-save", "lora-bias", "pissa", "bias-all",
     "resized-vocabulary", "token-rows", "rslora", "per-expert",
 )  # fmt: skip
+
+NORM = "model.norm.weight"
 
 request = functools.partial(request_for, no_forward=NOT_RUN)
 """To merge alone: a run of the models reads the base once more."""
@@ -364,9 +365,11 @@ def test_bases_that_hold_much_for_good_have_passes_of_their_own(shelf: Shelf, mo
     assert merged_of(events) == merged_of(events_of(*(replace(group, one_pass=False) for group in groups)))
 
 
-def test_a_class_that_needs_its_values_is_loaded_from_the_files(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(skeleton, "_groups", lambda *_: (_ for _ in ()).throw(NoSkeletonError("odd")))
-    events = events_of(group_of(shelf.base("llama"), shelf.adapter("plain"), one_pass=True))
-    loaded = [event for event in events if isinstance(event, BaseLoaded)]
-    assert [(event.measured, event.facts.no_skeleton) for event in loaded] == [(True, "odd")]
+def test_a_base_without_a_skeleton_is_loaded_from_the_files(shelf: Shelf, tmp_path: Path) -> None:
+    base = edited_base(shelf.base("llama"), tmp_path / "base", lambda one: {NORM: one[NORM].half()})
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({name: config[name] for name in config.keys() - {"dtype"}}))
+    events = events_of(group_of(base, shelf.adapter("plain"), one_pass=True))
+    (loaded,) = (event for event in events if isinstance(event, BaseLoaded))
+    assert (loaded.measured, loaded.facts.no_skeleton.partition("have ")[2]) == (True, "F16, F32")
     assert isinstance(events[-1], Merged)

@@ -349,12 +349,12 @@ def test_norms_of_shapes_of_real_models_are_proved(transposed, dtype) -> None:
     for rows, columns in ((2048, 2048), (5632, 2048), (2048, 5632), (3072, 768), (768, 3072)):
         shape = facts(rows, columns, transposed=transposed)
         assert len(shape["starts"]) > 4
-        assert block_merge._norms_proved(dtype=dtype, **shape)
+        assert block_merge.norms_proved(dtype=dtype, **shape)
 
 
 @pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding", "8bit", "4bit"])
 def test_without_a_proof_of_norms_the_bits_are_the_same(monkeypatch, kind) -> None:
-    monkeypatch.setattr(block_merge, "_norms_proved", lambda **_: False)
+    monkeypatch.setattr(block_merge, "norms_proved", lambda **_: False)
     layer = tuner_layer(kind, 512, 320, 8, dora=True)
     merged = whole(in_blocks(layer))
     assert same_bits(merged, by_peft(layer)[0])
@@ -363,7 +363,7 @@ def test_without_a_proof_of_norms_the_bits_are_the_same(monkeypatch, kind) -> No
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_proof_of_norms_fails_where_one_bit_differs(monkeypatch, transposed) -> None:
     shape = facts(512, 512, transposed=transposed)
-    genuine = block_merge._norms_of
+    genuine = block_merge.norms_of
 
     def nudged(summed: torch.Tensor) -> torch.Tensor:
         norms = genuine(summed)
@@ -371,9 +371,9 @@ def test_a_proof_of_norms_fails_where_one_bit_differs(monkeypatch, transposed) -
             norms[131] = torch.nextafter(norms[131], torch.tensor(9e9))
         return norms
 
-    assert block_merge._norms_proved.__wrapped__(dtype=torch.bfloat16, **shape)
-    monkeypatch.setattr(block_merge, "_norms_of", nudged)
-    assert not block_merge._norms_proved.__wrapped__(dtype=torch.bfloat16, **shape)
+    assert block_merge.norms_proved.__wrapped__(dtype=torch.bfloat16, **shape)
+    monkeypatch.setattr(block_merge, "norms_of", nudged)
+    assert not block_merge.norms_proved.__wrapped__(dtype=torch.bfloat16, **shape)
 
 
 # --- samples -------------------------------------------------------------------------------------------------------

@@ -125,6 +125,6 @@ def test_another_bitsandbytes_is_found_out(monkeypatch) -> None:
 
     own = bnb.functional.quantize_4bit
     assert quantized._proved(64, "nf4", weight().dtype)  # kept for the process: not the result on `another`
-    monkeypatch.setattr(quantized, "_quantize_4bit", lambda: another)
+    monkeypatch.setattr(quantized, "own_quantize_4bit", lambda: another)
     assert not quantized._proved.__wrapped__(64, "nf4", torch.bfloat16)
     assert quantized._in_blocks(weight(), quant_type="nf4") is None

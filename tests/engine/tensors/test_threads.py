@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from merge_gate.engine.tensors import threads as parallel
 from merge_gate.engine.tensors.threads import AHEAD, MOST_THREADS, spread, threads
 
 TWO = 2
@@ -72,6 +71,8 @@ def test_one_item_and_none_need_no_thread(two_threads: None) -> None:
 @pytest.mark.parametrize(
     ("quota", "wanted", "expected"),
     [
+        (None, "", 6),
+        ("\xff\xfe", "", 6),
         ("max 100000", "", 6),
         ("200000 100000", "", 2),
         ("250000 100000", "", 2),
@@ -87,18 +88,12 @@ def test_one_item_and_none_need_no_thread(two_threads: None) -> None:
         ("200000", "", 6),
     ],
 )
-def test_the_number_of_threads(
-    quota: str, wanted: str, expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "cpu.max").write_text(quota)
+def test_the_number_of_threads(quota, wanted, expected, tmp_path, monkeypatch) -> None:
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota, encoding="latin-1")
     monkeypatch.setenv("OMP_NUM_THREADS", wanted)
-    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: set(range(6)))
+    cores = set(range(6))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
     assert threads(str(tmp_path / "cpu.max")) == expected
-
-
-def test_without_a_quota_file_the_cores_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(parallel.os, "sched_getaffinity", lambda _: set(range(200)))
-    assert threads(str(tmp_path / "gone")) == MOST_THREADS
-    (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    assert threads(str(tmp_path / "binary")) == MOST_THREADS
+    cores |= set(range(200))
+    assert threads(str(tmp_path / "cpu.max")) == (MOST_THREADS if expected == len(range(6)) else expected)

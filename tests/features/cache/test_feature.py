@@ -37,7 +37,11 @@ CPU = DeviceChosen(device="cpu", device_name="a CPU")
 CARD = DeviceChosen(device="cuda", device_name="a card")
 
 
-def a_run(options: RunOptions, notify: Callable[[str], object] = pytest.fail) -> Run:
+def a_run(
+    options: RunOptions,
+    notify: Callable[[str], object] = pytest.fail,
+    choose_device: Callable[[str], object] = lambda _: CARD,
+) -> Run:
     """A run without inputs, as far as a cache knows it. Its worker finds a card."""
     made = SimpleNamespace(
         options=options,
@@ -45,7 +49,7 @@ def a_run(options: RunOptions, notify: Callable[[str], object] = pytest.fail) ->
         config=SimpleNamespace(trusts=()),
         view=SimpleNamespace(note=notify),
         watch=BaseWatch(),
-        worker=SimpleNamespace(choose_device=lambda _: CARD),
+        worker=SimpleNamespace(choose_device=choose_device),
         groups=(),
     )
     return cast("Run", made)
@@ -128,10 +132,10 @@ def test_digests_are_reused_unless_verdicts_are_not(one: Entry) -> None:
             assert seen_bases.lookup(directory, identity) == found
 
 
-def test_the_device_of_an_earlier_run_is_known(one: Entry, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_device_of_an_earlier_run_is_known(one: Entry) -> None:
     def is_known(secret: str = "") -> bool:
-        run, asked = a_run(RunOptions(device="cuda")), list[str]()
-        monkeypatch.setattr(run.worker, "choose_device", asked.append)
+        asked = list[str]()
+        run = a_run(RunOptions(device="cuda"), choose_device=asked.append)
         with closing(open_cache(one, run=run, secret=secret)) as cache:
             store(cache, one)  # else, no verdict could be reused
             cache.choose({})

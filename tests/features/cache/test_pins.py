@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from merge_gate.cli.dispatch import main
-from merge_gate.features.cache.remembered import SETTLED_NS, StoredDigests
+from merge_gate.features.cache.remembered import SETTLED_NS, StoredDigests, boot_id
 from merge_gate.features.cache.store import Seal, Store
 from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
@@ -63,8 +63,9 @@ def test_a_forged_digest_is_not_published(place: Path) -> None:
 def forge(place: Path, files: dict[str, str]) -> None:
     base = str(place / "base")
     store = Store(str(place / "cache"), Seal(), pytest.fail)
-    StoredDigests(store).store(base, base_identity(base), files, time.time_ns() + 3 * SETTLED_NS)
-    assert StoredDigests(store).lookup(base, base_identity(base)) == files
+    digests = StoredDigests(store, boot_id())
+    digests.store(base, base_identity(base), files, time.time_ns() + 3 * SETTLED_NS)
+    assert digests.lookup(base, base_identity(base)) == files
     store.close()
 
 

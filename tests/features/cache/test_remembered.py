@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from merge_gate.features.cache import remembered
-from merge_gate.features.cache.remembered import StoredDevices, StoredDigests, StoredFigures
+from merge_gate.features.cache.remembered import StoredDevices, StoredDigests, StoredFigures, boot_id
 from merge_gate.features.cache.store import Seal, Store
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import BaseContent
 from merge_gate.records.measured import BaseFigures, TensorStats
 from merge_gate.records.terms import BaseKey
-from merge_gate.run import verdict_key as key
-from merge_gate.run.verdict_key import key_of
+from merge_gate.run.verdict_key import key_of, material_of_run
+from merge_gate.worker.device import has_card
 from merge_gate.worker.protocol import DeviceChosen
 from tests.support.cache.store_writes import store as open_store
 
@@ -29,22 +29,18 @@ CARD = DeviceChosen(device="cuda", device_name="a card")
 # --- devices ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine that may have a card."""
-    monkeypatch.setattr(remembered, "has_card", lambda: True)
+BOOT = "a start of this machine"
 
 
-def known_devices(place: Path, requested: str = "cuda", **environ: str) -> StoredDevices:
-    return StoredDevices(requested, open_store(place), environ)
+def known_devices(place: Path, requested: str = "cuda", boot: str | None = BOOT, **environ: str) -> StoredDevices:
+    return StoredDevices(requested, open_store(place), boot, environ)
 
 
-def test_a_processor_is_known_without_a_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remembered, "has_card", lambda: False)
-    for requested in ("cpu", "auto"):
-        found = known_devices(tmp_path, requested).lookup()
-        assert found is not None
-        assert found.device == "cpu"
+def test_a_processor_is_known_without_a_document(tmp_path: Path) -> None:
+    found = known_devices(tmp_path, "cpu").lookup()
+    assert found is not None
+    assert found.device == "cpu"
+    assert known_devices(tmp_path, "auto").lookup() == (None if has_card() else found)
     assert known_devices(tmp_path).lookup() is None
 
 
@@ -53,25 +49,18 @@ def test_a_processor_is_not_stored(tmp_path: Path) -> None:
     assert not [*(tmp_path / "cache" / "devices").iterdir()]
 
 
-@pytest.mark.usefixtures("card")
-@pytest.mark.parametrize("requested", ["auto", "cuda"])
-def test_a_stored_card_is_known_until_the_machine_restarts(
-    tmp_path: Path, requested: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert known_devices(tmp_path, requested).lookup() is None
-    known_devices(tmp_path, requested).store(CARD)
-    assert known_devices(tmp_path, requested).lookup() == CARD
+def test_a_stored_card_is_known_until_the_machine_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert known_devices(tmp_path).lookup() is None
+    known_devices(tmp_path).store(CARD)
+    assert known_devices(tmp_path).lookup() == CARD
     assert known_devices(tmp_path, "cuda:1").lookup() is None
-    assert known_devices(tmp_path, requested, CUDA_VISIBLE_DEVICES="1").lookup() is None
-    for torch in ("another release", None):
-        with monkeypatch.context() as other:
-            other.setattr(remembered, "libraries", lambda version=torch: {"torch": version})
-            assert known_devices(tmp_path, requested).lookup() is None
-    monkeypatch.setattr(remembered, "boot_id", lambda: "another start")
-    assert known_devices(tmp_path, requested).lookup() is None
-    monkeypatch.setattr(remembered, "boot_id", lambda: None)
-    known_devices(tmp_path, requested).store(CARD)
-    assert known_devices(tmp_path, requested).lookup() is None, "one start cannot be told from another"
+    assert known_devices(tmp_path, boot="another start").lookup() is None
+    assert known_devices(tmp_path, CUDA_VISIBLE_DEVICES="1").lookup() is None
+    known_devices(tmp_path, boot=None).store(CARD)
+    assert known_devices(tmp_path, boot=None).lookup() is None, "one start cannot be told from another"
+    for version in ("another release", None):
+        monkeypatch.setattr(remembered, "libraries", lambda version=version: {"torch": version})
+        assert known_devices(tmp_path).lookup() is None
 
 
 @pytest.mark.parametrize("document", [{"device": 1, "name": "a card"}, {"device": "cuda"}, []])
@@ -83,12 +72,11 @@ def test_a_damaged_record_is_a_miss(tmp_path: Path, document: object) -> None:
 
 
 @pytest.mark.parametrize("content", ["\n", None])
-def test_a_system_without_a_boot_id(content: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert remembered.boot_id(), "this machine has one"
+def test_a_system_without_a_boot_id(content: str | None, tmp_path: Path) -> None:
+    assert boot_id(), "this machine has one"
     if content is not None:
         (tmp_path / "boot_id").write_text(content)
-    monkeypatch.setattr(remembered, "Path", lambda _: tmp_path / "boot_id")
-    assert remembered.boot_id() is None
+    assert boot_id(tmp_path / "boot_id") is None
 
 
 # --- digests of bases ------------------------------------------------------------------------------------------------
@@ -106,7 +94,7 @@ def base(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def bases(tmp_path: Path) -> StoredDigests:
-    return StoredDigests(open_store(tmp_path))
+    return StoredDigests(open_store(tmp_path), BOOT)
 
 
 def learn(bases: StoredDigests, base: Path, *, later_s: float = 3.0) -> None:
@@ -157,28 +145,20 @@ def test_young_files_are_not_vouched_for(later_s: float, ahead_s: float, bases: 
     assert digests_of(bases, base) is None
 
 
-@pytest.mark.parametrize("ahead_s", [-3600.0, -3.0, 3.0, 3600.0])
+@pytest.mark.parametrize("ahead_s", [-3600.0, -3.0, 0.0, 3.0, 3600.0])
 def test_a_clock_that_was_set_makes_every_record_a_miss(
-    bases: StoredDigests, base: Path, monkeypatch: pytest.MonkeyPatch, ahead_s: float
+    tmp_path: Path, bases: StoredDigests, base: Path, ahead_s: float
 ) -> None:
     learn(bases, base)
-    offset_s = remembered.clock_offset_s()
-    monkeypatch.setattr(remembered, "clock_offset_s", lambda: offset_s + ahead_s)
-    assert digests_of(bases, base) is None
+    name, record = stored_record(tmp_path)
+    open_store(tmp_path).put("bases", name, record | {"offset_s": record["offset_s"] + ahead_s})
+    assert digests_of(bases, base) == (None if ahead_s else DIGEST)
 
 
-@pytest.mark.parametrize("start", ["another", None])
-def test_another_machine_knows_nothing(
-    bases: StoredDigests, base: Path, monkeypatch: pytest.MonkeyPatch, start: str | None
-) -> None:
+def test_another_machine_or_a_fresh_run_knows_nothing(tmp_path: Path, bases: StoredDigests, base: Path) -> None:
     learn(bases, base)
-    monkeypatch.setattr(remembered, "boot_id", lambda: start)
-    assert digests_of(bases, base) is None
-
-
-def test_fresh_reads_nothing(tmp_path: Path, bases: StoredDigests, base: Path) -> None:
-    learn(bases, base)
-    assert digests_of(StoredDigests(open_store(tmp_path), fresh=True), base) is None
+    for boot, fresh in (("another", False), (None, False), (BOOT, True)):
+        assert digests_of(StoredDigests(open_store(tmp_path), boot, fresh=fresh), base) is None
 
 
 def stored_record(tmp_path: Path) -> tuple[str, dict[str, Any]]:
@@ -201,18 +181,14 @@ def test_a_record_that_is_none_is_a_miss(tmp_path: Path, bases: StoredDigests, b
     assert str(base) not in str(good), "a cache that is shared would tell the layout of a machine"
 
 
-def test_without_a_boot_id_nothing_is_stored_or_found(
-    tmp_path: Path, bases: StoredDigests, base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_boot_id_nothing_is_stored_or_found(tmp_path: Path, bases: StoredDigests, base: Path) -> None:
+    nowhere = StoredDigests(open_store(tmp_path), None)
+    learn(nowhere, base)
+    assert not [*(tmp_path / "cache" / "bases").iterdir()]
     learn(bases, base)
     name, record = stored_record(tmp_path)
     open_store(tmp_path).put("bases", name, record | {"machine": None})
-    monkeypatch.setattr(remembered, "boot_id", lambda: None)
-    assert digests_of(bases, base) is None
-    path = tmp_path / "cache" / "bases" / name
-    path.unlink()
-    learn(bases, base)
-    assert not path.exists()
+    assert digests_of(nowhere, base) is None
 
 
 # --- figures of bases ------------------------------------------------------------------------------------------------
@@ -264,13 +240,6 @@ def test_another_base_is_not(records: StoredFigures, base: BaseKey, content: Bas
     assert records.lookup(base, content) == ()
 
 
-@pytest.mark.parametrize("changed", ["own_code", "libraries"])
-def test_other_code_measures_again(records: StoredFigures, changed: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    records.store(BASE_KEY, CONTENT, RECORD)
-    monkeypatch.setattr(key, changed, lambda: "another")
-    assert records.lookup(BASE_KEY, CONTENT) == ()
-
-
 def test_each_class_has_its_own_record(records: StoredFigures) -> None:
     head = replace(RECORD, model_class="LlamaForSequenceClassification/3", figures=(WEIGHT,))
     for one in (RECORD, head, replace(RECORD, figures=(EMPTY,))):
@@ -313,6 +282,8 @@ def test_a_document_of_another_form_is_no_record(
 
 
 def test_a_run_that_trusts_more_has_records_of_its_own(sealed_store: Store, records: StoredFigures) -> None:
-    """Code of a base may forge them."""
+    """Code of a base may forge them. Other code and versions measure again, too."""
     StoredFigures(sealed_store, "x", trusts=("trust-remote-code",)).store(BASE_KEY, CONTENT, RECORD)
     assert records.lookup(BASE_KEY, CONTENT) == ()
+    material = records._material(BASE_KEY, CONTENT)
+    assert material | material_of_run(()) == material

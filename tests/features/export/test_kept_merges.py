@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 
 from merge_gate._internal.errors import GateError
-from merge_gate.features.export import kept_merges
 from merge_gate.features.export.kept_merges import KeptMerges, compared
 from merge_gate.features.export.plain_lora import PlainLora
 from merge_gate.features.publish.calls import PublicationWritten
 from merge_gate.features.publish.planned_files import PlannedFiles
+from merge_gate.features.publish.weight_files import CHUNK_BYTES
 from merge_gate.files.headers import DTYPE_BITS
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import ServedClass
@@ -65,20 +65,19 @@ def test_a_merge_that_was_not_written_whole_is_not_compared(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("dtype", UNITS)
 @pytest.mark.parametrize(("units", "is_same"), [(0, True), (1, True), (2, False)])
-def test_a_value_may_differ_by_a_unit_in_the_last_place(
-    dtype: str, units: int, is_same: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kept_merges, "CHUNK_BYTES", DTYPE_BITS[dtype] // 8)
+def test_a_value_may_differ_by_a_unit_in_the_last_place(dtype: str, units: int, is_same: bool, tmp_path: Path) -> None:
+    size = CHUNK_BYTES * 8 // DTYPE_BITS[dtype] + 1  # the last one is in a chunk of its own
     made = PlainLora(config={"r": 8}, tensors={}, padding=(), is_folded=False, bounds={"w": 0.0})
     served = ServedClass(name="A", loaded="A", names={}, scalings={}, sizes={}, sources={"w": ("w",)})
     before, after = KeptMerges(tmp_path / "before"), KeptMerges(tmp_path / "after")
     before.served = served
     for merges, last in (before, 1.0), (after, 1 + units * UNITS[dtype]):
-        values = np.array([1, last], f"<f{DTYPE_BITS[dtype] // 8}")
-        written(merges, {"w": values.tobytes()}, StoredTensor(name="w", dtype=dtype, shape=(2,)))
+        values = np.ones(size, f"<f{DTYPE_BITS[dtype] // 8}")
+        values[-1] = last
+        written(merges, {"w": values.tobytes()}, StoredTensor(name="w", dtype=dtype, shape=(size,)))
     if is_same:
         found = compared(0, dtype, before, after, made)
-        assert (found.values, found.differing, found.largest) == (2, int(units > 0), units * UNITS[dtype])
+        assert (found.values, found.differing, found.largest) == (size, int(units > 0), units * UNITS[dtype])
     else:
         with pytest.raises(GateError):
             compared(0, dtype, before, after, made)

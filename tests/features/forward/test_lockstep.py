@@ -151,19 +151,21 @@ def test_random_numbers_are_those_of_seed_0() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("elements", [1 << 19, 200])
-def test_products_in_float16_are_summed_in_float32(bias: bool, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lockstep, "PRODUCT_ELEMENTS", elements)
+@pytest.mark.parametrize("outputs", [300, 2 * lockstep.PRODUCT_ELEMENTS // 100])
+def test_products_in_float16_are_summed_in_float32(bias: bool, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # With oneDNN, processors with AVX512-FP16 sum in float32 themselves.
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     torch.manual_seed(0)
-    layer, inputs = nn.Linear(100, 300, bias=bias).half(), torch.randn(16, 100).half()
+    layer, inputs = nn.Linear(100, outputs, bias=bias).half(), torch.randn(16, 100).half()
     wide = [one.float() for one in (inputs, *layer.parameters())]
     expected = nn.functional.linear(*wide).half()
     run = ModelRun(model=layer, inputs={"input": inputs})
     run_together([run], _tensors(layer), lambda _: contextlib.nullcontext())
     assert run.error is None
     assert run.returned.dtype is torch.float16
-    assert (run.returned == expected).float().mean() > 0.99
-    assert not torch.equal(run.returned, layer(inputs))
+    of_run, of_torch = ((found == expected).float().mean() for found in (run.returned, layer(inputs)))
+    assert of_run > 0.99
+    assert of_torch > 0.99 or of_torch < of_run, "some processors add in float32 themselves"
 
 
 def test_a_product_that_torch_refuses_in_float16_is_refused() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.engine.adapter_evidence import MergeRequest, merge_together
@@ -20,7 +20,7 @@ from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.base.tensor_map import DTYPES
-from merge_gate.engine.merge import one_pass as passes
+from merge_gate.features.export.kept_merges import KeptMerges
 from merge_gate.features.publish import consumer
 from merge_gate.features.publish.calls import PublicationWritten
 from merge_gate.features.publish.one_publication import Publication, publishing
@@ -36,11 +36,12 @@ from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
-from merge_gate.worker.protocol import Group, Job, Merged, Task
+from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
 from tests.support import bases, methods
+from tests.support.call_ends import Ends
 from tests.support.engine import publish_layouts
 from tests.support.engine.base_headers import base_files, stored_tensors
-from tests.support.engine.fed_bases import source
+from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.engine.merges import RUNS
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.engine.published import (
@@ -176,18 +177,14 @@ class Parent:
 
 
 @pytest.mark.parametrize("is_measured", [False, True])
-def test_every_tensor_of_a_fed_base_is_read_once_if_possible(
-    is_measured: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_tensor_of_a_fed_base_is_read_once_if_possible(is_measured: bool, tmp_path: Path) -> None:
     """In a second pass, the base is measured, so that only what the adapters touch is read before the end."""
     base, adapter = qwen3_5(tmp_path, torch.ones(32, 64, dtype=torch.bfloat16))
-    files, headers, feed = (
-        preflight(str(adapter), allow_pickle=False),
-        stored_tensors(base),
-        SharedReads(LocalFeed(str(base))),
-    )
+    files, headers = preflight(str(adapter), allow_pickle=False), stored_tensors(base)
+    counting = CountingFeed(str(base))
+    feed = SharedReads(counting)
     model_class = model_class_for(str(base), files, headers)
-    reads, parent = counted_reads(monkeypatch), Parent(base, tmp_path)
+    parent = Parent(base, tmp_path)
     connection: Any = parent
     with methods.quiet():
         loaded = skeleton_of(source(base), model_class, headers, feed)
@@ -196,7 +193,7 @@ def test_every_tensor_of_a_fed_base_is_read_once_if_possible(
         )
         if is_measured:
             merge_together([MergeRequest(base=loaded, members=(files,), no_forward="not here")] * 2)
-            reads.clear()
+            counting.reads.clear()
         requests = [
             MergeRequest(
                 base=loaded, members=(files,), consumers=(shared.consumer(task, "preserve"),), no_forward="not here"
@@ -206,7 +203,7 @@ def test_every_tensor_of_a_fed_base_is_read_once_if_possible(
         for request, evidence in zip(requests, merge_together(requests), strict=True):
             assert evidence is not None
             request.consumers[0].finish(evidence)
-    twice = {one[:2] for one in reads if reads.count(one) > 1}
+    twice = {(one.file, one.start) for one in counting.reads if counting.reads.count(one) > 1}
     again = {place.name for place in shared._places.values() if (place.span.file, place.span.start) in twice}
     assert again <= {"model.layers.1.self_attn.v_proj.weight", "mtp.fc.weight"}
     expected = stored(base) | sent_by(base, adapter).values()
@@ -335,26 +332,41 @@ def test_an_error_while_a_model_is_written_costs_only_the_model(error: Exception
 # --- in the worker ---------------------------------------------------------------------------------------------------
 
 
-class Connection:
-    """Both sides of the connection: what each task writes, and the order of ends and events."""
+class Kept(KeptMerges):
+    """Gets the merges of jobs in this process, and the order of their ends and of events."""
 
-    def __init__(self) -> None:
-        self.tasks: dict[int, Sent] = {}
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.sent: dict[int, PublicationWritten] = {}
         self.order: list[tuple[str, int]] = []
 
-    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> Sent:
-        return self.tasks.setdefault(task, Sent()).plan(0, tensors)
+    def written(self, message: PublicationWritten) -> None:
+        super().written(message)
+        self.sent[message.task] = message
+        self.order.append(("sent", message.task))
 
-    def finish(self, task: int, checksums: Mapping[str, int], settings: str, refusal: NotJudged | None) -> None:
-        self.tasks.setdefault(task, Sent()).finish(0, checksums, settings, refusal)
-        self.order.append(("sent", task))
+    def values(self, task: int) -> dict[str, torch.Tensor]:
+        """The tensors that count."""
+        tensors = load_file(self.folder / f"{task}.safetensors")
+        return {name: tensors[name] for name, _ in self.sent[task].checksums}
+
+    def events_of(self, group: Group) -> list[Event]:
+        """Judge a group in this process, which is connected with this one."""
+        job = Job(groups=(group,), device="cpu")
+        events, ends = [], Ends(self.service(job))
+        for event in judge_job(job, lambda _: None, Sandbox(), client=ends.client):
+            events.append(event)
+            if isinstance(event, Merged):
+                self.order.append(("merged", event.task))
+        ends.close()
+        return events
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Jobs of this process have a connection of their own, and no sandbox."""
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
+    """Jobs of this process have no sandbox."""
     monkeypatch.setenv(sandbox.SWITCH, "off")
-    monkeypatch.setattr(consumer, "Connection", lambda client: client)
+    return Kept(tmp_path / "kept")
 
 
 def group_of(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) -> Group:
@@ -383,61 +395,27 @@ def group_of(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) -> Grou
 
 @pytest.mark.parametrize("publish", ["preserve", "bfloat16"])
 @pytest.mark.parametrize("one_pass", [False, True])
-@pytest.mark.usefixtures("in_process")
 def test_the_worker_writes_each_model_before_its_evidence(
-    one_pass: bool, publish: str, shelf: Shelf, tmp_path: Path
+    one_pass: bool, publish: str, kept: Kept, shelf: Shelf, tmp_path: Path
 ) -> None:
     group = group_of(shelf, tmp_path, publish, one_pass=one_pass)
-    connection: Any = Connection()
-    for event in judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), client=connection):
-        if isinstance(event, Merged):
-            connection.order.append(("merged", event.task))
+    kept.events_of(group)
     for task in (0, 1, 2):
-        assert connection.order.index(("sent", task)) < connection.order.index(("merged", task))
-    assert ("sent", 3) not in connection.order
-    assert connection.tasks[2].refusal is not None
+        assert kept.order.index(("sent", task)) < kept.order.index(("merged", task))
+    assert ("sent", 3) not in kept.order
+    assert kept.sent[2].refusal is not None
     for task in (0, 1):
         adapter = Path(group.tasks[task].files[0].directory)
         alone = sent_by(shelf.base("llama"), adapter, publish=publish, dtype=group.base.dtype)
-        assert connection.tasks[task].refusal is None
-        assert different(connection.tasks[task].values(), alone.values()) == []
+        assert kept.sent[task].refusal is None
+        assert different(kept.values(task), alone.values()) == []
 
 
 @pytest.mark.parametrize("publish", ["preserve", "bfloat16"])
-@pytest.mark.usefixtures("in_process")
 def test_a_pass_that_publishes_reads_what_any_pass_reads(
-    publish: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    publish: str, kept: Kept, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On one core: with more, time decides whether two layers share a small tensor or read it one after another."""
-    monkeypatch.setattr(passes, "spread", map)
-    group = group_of(shelf, tmp_path, publish, one_pass=True)
-    reads = counted_reads(monkeypatch)
-    assert list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), client=Connection()))
-    publishing = sorted(reads)
-    reads.clear()
-    plain = replace(group, tasks=tuple(replace(task, consumers=RUNS) for task in group.tasks))
-    assert list(judge_job(Job(groups=(plain,), device="cpu"), lambda _: None, Sandbox()))
-    assert publishing == sorted(reads)
-
-
-@pytest.mark.usefixtures("in_process")
-def test_the_worker_publishes_a_quantized_base_plainly(shelf: Shelf) -> None:
-    directory, adapter = shelf.base("llama"), shelf.adapter("plain")
-    files = (preflight(str(adapter), allow_pickle=False),)
-    task = Task(index=0, files=files, consumers=(*RUNS, publishing("bfloat16")))
-    key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="bnb-8bit")
-    group = Group(base=key, directory=str(directory), files=base_files(directory), tasks=(task,))
-    connection: Any = Connection()
-    events = list(judge_job(Job(groups=(group,), device="cpu"), lambda _: None, Sandbox(), client=connection))
-    merged = next(event for event in events if isinstance(event, Merged))
-    assert merged.evidence.base.quantization == "bnb-8bit"
-    assert {merge.stats.dtype for merge in merged.evidence.merges} == {"bfloat16"}
-    assert connection.tasks[0].refusal is None
-    assert {one.name for one in connection.tasks[0].tensors} == stored(directory).keys()
-
-
-def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
-    """The file, the place, and the number of bytes of each read."""
     reads: list[tuple[str, int, int]] = []
     own = LocalFeed.read
 
@@ -445,8 +423,28 @@ def counted_reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]
         reads.append((file, start, into.nbytes))
         own(self, file, start, into)
 
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(LocalFeed, "read", read)
-    return reads
+    group = group_of(shelf, tmp_path, publish, one_pass=True)
+    assert kept.events_of(group)
+    publishing = sorted(reads)
+    reads.clear()
+    plain = replace(group, tasks=tuple(replace(task, consumers=RUNS) for task in group.tasks))
+    assert list(judge_job(Job(groups=(plain,), device="cpu"), lambda _: None, Sandbox()))
+    assert publishing == sorted(reads)
+
+
+def test_the_worker_publishes_a_quantized_base_plainly(kept: Kept, shelf: Shelf) -> None:
+    directory, adapter = shelf.base("llama"), shelf.adapter("plain")
+    files = (preflight(str(adapter), allow_pickle=False),)
+    task = Task(index=0, files=files, consumers=(*RUNS, publishing("bfloat16")))
+    key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="bnb-8bit")
+    group = Group(base=key, directory=str(directory), files=base_files(directory), tasks=(task,))
+    merged = next(event for event in kept.events_of(group) if isinstance(event, Merged))
+    assert merged.evidence.base.quantization == "bnb-8bit"
+    assert {merge.stats.dtype for merge in merged.evidence.merges} == {"bfloat16"}
+    assert kept.sent[0].refusal is None
+    assert kept.values(0).keys() == stored(directory).keys()
 
 
 @pytest.mark.parametrize(
@@ -493,15 +491,12 @@ def test_a_published_change_is_what_transformers_loads(model_type: str, tmp_path
     assert checked.changed
 
 
-def test_a_way_back_that_is_wrong_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = StoredLayout.reversed
+def test_a_way_back_that_is_wrong_is_found(tmp_path: Path) -> None:
+    def flipped(layout: StoredLayout, changed: Mapping[str, torch.Tensor], sent: Sent) -> None:
+        publish_layouts.publish(layout, {name: -tensor for name, tensor in changed.items()}, sent)
 
-    def flipped(self: StoredLayout, *args: Any) -> dict[str, torch.Tensor]:
-        return {name: -tensor for name, tensor in own(self, *args).items()}
-
-    monkeypatch.setattr(StoredLayout, "reversed", flipped)
     with one_thread():
-        checked = publish_layouts.check("mixtral", tmp_path)
+        checked = publish_layouts.check("mixtral", tmp_path, flipped)
     assert len(checked.wrong) == checked.changed
 
 

@@ -141,6 +141,8 @@ def test_what_cannot_go_back_is_not_removed(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.attempt("F06", "without exchange: the second rename fails (EIO, ENOSPC)", "the earlier model is put back")
+@pytest.mark.parametrize("exchanges", ["no exchange"], indirect=True)
+@pytest.mark.usefixtures("exchanges")
 def test_an_error_between_renames_puts_the_earlier_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = earlier(tmp_path)
     partial = filled(tmp_path)
@@ -151,7 +153,6 @@ def test_an_error_between_renames_puts_the_earlier_model_back(tmp_path: Path, mo
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return real(source, target)
 
-    monkeypatch.setattr(partial_module, "renameat2", lambda *_: False)
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match=r"."):
         partial.publish(replaces=before)

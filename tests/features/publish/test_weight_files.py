@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,6 @@ from pathlib import Path
 import pytest
 
 from merge_gate._internal.errors import NotPublishedError
-from merge_gate.features.publish import weight_files
 from merge_gate.features.publish.planned_files import PlannedFiles
 from merge_gate.features.publish.weight_files import (
     FileLayout,
@@ -262,7 +262,7 @@ def test_a_file_without_tensors_is_written(tmp_path: Path) -> None:
 def test_another_file_that_the_disk_has_otherwise_is_found(
     written: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(weight_files, "_read", lambda *_: b"other")
+    monkeypatch.setattr(os, "fsync", lambda descriptor: os.pwrite(descriptor, b"x", 0))
     with pytest.raises(NotPublishedError):
         new_writer(tmp_path).add_file("config.json", b"{}")
 

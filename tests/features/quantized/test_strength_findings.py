@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from merge_gate.features.quantized.measurement import Measurement, TensorStrength
+from merge_gate.features.quantized.measurement import Measurement, Setting, TensorStrength
 from merge_gate.features.quantized.strength_findings import strength_findings
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.terms import Finding
@@ -130,5 +130,7 @@ def test_a_candidate_that_fits_is_named(own: list[float], noise: float, candidat
 
 def test_what_cannot_be_compared_is_said_first() -> None:
     tensors = (*release(RIGHT).tensors, tensor(9, 0.0, nonfinite=3), tensor(8, 1.0, shape=(60, 64)))
-    kinds = [one.check for one in findings(Measurement(tensors=tensors, absent=("lm_head.weight",)))]
-    assert kinds == ["not-carried", "nonfinite", "shape-changed", "applied"]
+    settings = (Setting(name="llama.block_count", actual="3", expected="2"),)
+    measurement = Measurement(tensors=tensors, absent=("lm_head.weight",), added=("a.bias",), settings=settings)
+    kinds = [one.check for one in findings(measurement)]
+    assert kinds == ["not-carried", "added", "config-differs", "nonfinite", "shape-changed", "applied"]

@@ -66,6 +66,12 @@ def listening() -> Iterator[str]:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
+@pytest.fixture
+def program(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for Ray's own check of a cluster's health."""
+    monkeypatch.setattr(sys, "executable", request.param)
+
+
 # --- how it is reached -----------------------------------------------------------------------------------------------
 
 
@@ -85,12 +91,10 @@ def test_a_cluster_of_this_machine_is_for_this_run_alone(ray: Ray) -> None:
     assert not place.exists()
 
 
-@pytest.mark.parametrize("is_auto", [True, False])
-def test_a_cluster_that_is_there_is_only_connected_to(
-    is_auto: bool, listening: str, ray: Ray, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    address = "auto" if is_auto else listening
-    monkeypatch.setattr(sys, "executable", "/bin/false" if is_auto else "/bin/true")  # Ray finds its own
+@pytest.mark.parametrize(("is_auto", "program"), [(True, "/bin/false"), (False, "/bin/true")], indirect=["program"])
+@pytest.mark.usefixtures("program")
+def test_a_cluster_that_is_there_is_only_connected_to(is_auto: bool, listening: str, ray: Ray) -> None:
+    address = "auto" if is_auto else listening  # Ray finds its own
     with cluster(address):
         assert ray.is_up
     assert not ray.is_up
@@ -151,14 +155,9 @@ def test_what_listens_and_says_nothing_is_no_cluster(
     wording(caught.value)
 
 
-@pytest.mark.parametrize(("program", "healthy"), [("/bin/true", True), ("/bin/false", False)])
-def test_what_ray_says_of_a_clusters_health_decides(
-    program: str, healthy: bool, listening: str, monkeypatch: pytest.MonkeyPatch, wording: Wording
-) -> None:
-    monkeypatch.setattr(sys, "executable", program)
-    if healthy:
-        run_on_ray._reach(listening)
-        return
+@pytest.mark.parametrize("program", ["/bin/false"], indirect=True)
+@pytest.mark.usefixtures("program")
+def test_what_ray_says_of_a_clusters_health_decides(listening: str, wording: Wording) -> None:
     with pytest.raises(GateError, match=listening) as caught:
         run_on_ray._reach(listening)
     wording(caught.value)

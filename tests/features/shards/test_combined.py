@@ -13,14 +13,12 @@ import pytest
 
 from merge_gate._internal.errors import GateError, UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
-from merge_gate.features.shards import combined as module
-from merge_gate.features.shards.combined import PlacedReport, combined, refuse_overwriting, reports_in
+from merge_gate.features.shards.combined import MOST_DIRECTORIES, PlacedReport, combined, refuse_overwriting, reports_in
 from merge_gate.records.report import TOOL, BaseReport, ConfigFile, Report, Sandbox, Shard, Tool
 from merge_gate.records.terms import Acceptance, BaselineEntry, Quantization, Result, Verdict
 from merge_gate.report.formats import junit, sarif, summary, terminal_text
 from merge_gate.report.formats.html_report import render as render_html
 from merge_gate.report.formats.json_report import read, render
-from merge_gate.report.stored import report_files
 from tests.support.reports import ENVIRONMENT, SHA256, adapter, report
 from tests.support.tried import tried
 from tests.support.wording import Wording
@@ -223,9 +221,7 @@ def test_what_is_not_there_is_named(downloads: Path, wording: Wording) -> None:
         wording(*problems(place))
 
 
-def test_hostile_content_is_neither_followed_nor_waited_for(
-    downloads: Path, monkeypatch: pytest.MonkeyPatch, wording: Wording
-) -> None:
+def test_hostile_content_is_neither_followed_nor_waited_for(downloads: Path, wording: Wording) -> None:
     evil = [downloads / name for name in ("big", "dir", "json", "link", "pipe")]
     for one in evil:
         one.mkdir()
@@ -234,12 +230,13 @@ def test_hostile_content_is_neither_followed_nor_waited_for(
     (downloads / "json" / "report.json").write_text('{"a": 1, "a": 2}')
     (downloads / "link" / "report.json").symlink_to(downloads / "shard-1" / "report.json")
     os.mkfifo(downloads / "pipe" / "report.json")
-    monkeypatch.setattr(report_files, "OUTPUT_FILES", (OUTPUT_FILES[0]._replace(max_bytes=100_000), *OUTPUT_FILES[1:]))
-    (downloads / "big" / "report.json").write_bytes(b" " * 100_001)
+    (downloads / "big" / "report.json").touch()
+    os.truncate(downloads / "big" / "report.json", OUTPUT_FILES[0].max_bytes + 1)
     for place, problem in zip([downloads / "zlink", *evil], problems(downloads), strict=True):
         wording(f"{place.name} {problem}")
     assert problems(downloads / "zlink")
-    monkeypatch.setattr(module, "MOST_DIRECTORIES", 2)
+    for number in range(MOST_DIRECTORIES):
+        (downloads / f"more-{number}").mkdir()
     wording(*problems(downloads)[1:2])
 
 

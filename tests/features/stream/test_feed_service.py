@@ -18,11 +18,10 @@ from typing import Any
 import pytest
 
 from merge_gate._internal.errors import SourceError
-from merge_gate.features.stream import feed_service, parent_feed, read_ahead
 from merge_gate.features.stream.feature import StreamedBases
-from merge_gate.features.stream.feed_service import FeedService
+from merge_gate.features.stream.feed_service import FeedService, slots
 from merge_gate.features.stream.parent_feed import BytesRequested, ParentFeed, SpansExpected
-from merge_gate.features.stream.read_ahead import FedBase, LocalFiles
+from merge_gate.features.stream.read_ahead import CONNECTIONS, FedBase, LocalFiles
 from merge_gate.records.files import BaseFiles, FileSpan
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker.call_client import CallClient
@@ -30,17 +29,13 @@ from merge_gate.worker.channel import CallChannel
 from merge_gate.worker.protocol import Answer, Group, Idle, Job
 from tests.support.call_ends import Ends, wait_until
 
-PAGE = mmap.PAGESIZE
+pytestmark = pytest.mark.usefixtures("small_pieces")
+
+PAGE = mmap.PAGESIZE // 2
+"""Of a chunk; a piece has two."""
+
 SIZES = (20 * PAGE + 7, 1, 9 * PAGE)
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (read_ahead, parent_feed):
-        monkeypatch.setattr(module, "PIECE_BYTES", 2 * PAGE)
-    monkeypatch.setattr(read_ahead, "CHUNK_BYTES", PAGE)
-    monkeypatch.setattr(read_ahead, "CONNECTIONS", 3)
-    monkeypatch.setattr(feed_service, "_slots", lambda: 4)
+SLOTS = 4
 
 
 @pytest.fixture
@@ -56,7 +51,7 @@ class Fed(Ends):
     """`base` is what the parent reads, as each group of the job."""
 
     def __init__(self, base: FedBase) -> None:
-        self.base, self.service = base, FeedService(lambda _: self.base)
+        self.base, self.service = base, FeedService(lambda _: self.base, SLOTS)
         super().__init__(self.service)
 
     def feed(self, group: int) -> ParentFeed:
@@ -165,10 +160,10 @@ def test_what_is_prefetched_fills_the_window_and_is_read_once(
     ends.base.files.read = count_and_read
     for _ in range(2):
         client.expect(spans, whole=True, needed_now=False)
-    wait_until(lambda: len(pieces) == 4)  # all slots
+    wait_until(lambda: len(pieces) == SLOTS)
     aside = FileSpan(file="2.safetensors", start=9 * PAGE - 5, end=9 * PAGE)
     assert read(client, aside) == expected(content, aside)  # the last bytes
-    assert len(pieces) == 5, "they wait for the pass"
+    assert len(pieces) == SLOTS + 1, "they wait for the pass"
     if not is_the_same:
         spans = spans[1:]
     client.expect(spans, whole=True)
@@ -196,7 +191,7 @@ def test_expectations_that_are_replaced_leave_no_threads(hangs: bool, ends: Fed,
     may_end, client, most = threading.Event(), ends.feed(0), 0
     if hangs:
         ends.base.files.read = lambda *_: may_end.wait()
-        most = 4 + read_ahead.CONNECTIONS + 1  # the slots, and the last pass
+        most = SLOTS + CONNECTIONS + 1  # the slots, and the last pass
     else:
         client.expect(spans_of(content), whole=True)
         read(client, FileSpan(file="0.safetensors", start=0, end=1))
@@ -443,11 +438,11 @@ def test_an_unexpected_error_of_a_read_reaches_the_worker(ends: Fed) -> None:
         read(client, SPAN)
 
 
-def test_the_window_is_bounded_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    for free_bytes, slots in ((None, 12), (1 << 30, 12), (4 << 30, 32), (5 << 30, 32), (1800 << 20, 14)):
-        monkeypatch.setattr(feed_service.MemoryGroup, "free_bytes", lambda _, free_bytes=free_bytes: free_bytes)
-        assert feed_service._slots() == slots
+@pytest.mark.parametrize(
+    ("free_bytes", "count"), [(None, 12), (1 << 30, 12), (4 << 30, 32), (5 << 30, 32), (1800 << 20, 14)]
+)
+def test_the_window_is_bounded_on_both_sides(free_bytes: int | None, count: int) -> None:
+    assert slots(free_bytes) == count
 
 
 def test_a_job_without_fed_bases_asks_for_no_service(tmp_path: Path) -> None:

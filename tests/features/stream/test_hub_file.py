@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -19,12 +16,9 @@ REPOSITORY, NAME, TOKEN = "acme/base", "model.safetensors", "hf_loopback"
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
-    with LoopbackHub() as hub:
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        hub.serve_this_process(monkeypatch, tmp_path / "cache")
-        monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 0.0)
-        yield hub
+def hub(server: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return server
 
 
 @pytest.fixture
@@ -83,12 +77,9 @@ def test_a_read_that_breaks_off_goes_on_where_it_stopped(kind: str, hub: Loopbac
 
 @pytest.mark.parametrize("status", [429, 500, 503])
 def test_a_passing_failure_is_retried_after_the_servers_pause(
-    status: int, hub: LoopbackHub, commit: str, monkeypatch: pytest.MonkeyPatch
+    status: int, hub: LoopbackHub, commit: str, pauses: list[float]
 ) -> None:
-    monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 60.0)
-    pauses: list[float] = []
     file = opened(commit)
-    monkeypatch.setattr(time, "sleep", pauses.append)
     hub.fail("/cdn/", status, times=2, Retry_After="7")
     assert read(file, 0, 10) == CONTENT[:10]
     assert pauses == [7.0, 7.0]

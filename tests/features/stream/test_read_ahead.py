@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from merge_gate._internal.errors import SourceError
-from merge_gate.features.stream import read_ahead
 from merge_gate.features.stream.read_ahead import MOST_BASE_BYTES, FedBase, ReadAhead, Window, plan, refuse_excess
 from merge_gate.records.files import FileIdentity, FileSpan
+
+pytestmark = pytest.mark.usefixtures("small_pieces")
 
 PAGE = mmap.PAGESIZE
 
@@ -38,12 +39,6 @@ class Files:
         time.sleep(self.delays.random() / 500)
         self.on_read(file, start)
         into[:] = self.content[file][start : start + len(into)]
-
-
-@pytest.fixture(autouse=True)
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_ahead, "PIECE_BYTES", PAGE)
-    monkeypatch.setattr(read_ahead, "CHUNK_BYTES", PAGE // 2)
 
 
 def begun(files: Files, slots: int, spans: Sequence[FileSpan] | None = None, **options: Any) -> ReadAhead:
@@ -68,9 +63,8 @@ def threads_end(before: int) -> bool:
     return threading.active_count() <= before
 
 
-@pytest.mark.parametrize(("connections", "slots"), [(1, 1), (1, 4), (4, 5), (8, 9)])
-def test_all_bytes_come_in_order(connections: int, slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read_ahead, "CONNECTIONS", connections)
+@pytest.mark.parametrize("slots", [1, 4, 9])
+def test_all_bytes_come_in_order(slots: int) -> None:
     before, files = threading.active_count(), Files(10 * PAGE + 7, 1, 5 * PAGE)
     ahead, reads = begun(files, slots), list[tuple[str, int]]()
     files.on_read = lambda file, start: reads.append((file, start))

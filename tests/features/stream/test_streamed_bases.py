@@ -6,7 +6,6 @@ import json
 import random
 import resource
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,6 @@ from huggingface_hub import constants
 
 from merge_gate._internal.errors import ResolveError, SourceError
 from merge_gate.config.load_config import load_config
-from merge_gate.features.stream import hub_file
 from merge_gate.features.stream.hub_file import HubFiles, lay_out
 from merge_gate.files import base_files, hub
 from merge_gate.files.headers import parse_places
@@ -39,14 +37,6 @@ def safetensors(data: bytes, **sizes: int) -> bytes:
 
 WEIGHTS = safetensors(VALUES, a=1000)
 FILES = {MODEL: WEIGHTS, "config.json": b"{}"}
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
-    with LoopbackHub() as server:
-        server.serve_this_process(monkeypatch, tmp_path / "cache")
-        monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 0.0)
-        yield server
 
 
 class LaidOut:
@@ -150,11 +140,9 @@ def test_a_size_that_no_model_has_is_refused_before_a_read() -> None:
         HubFiles({MODEL: Stated()})  # type: ignore[dict-item]
 
 
-def test_a_file_without_a_digest_is_refused(
-    server: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_without_a_digest_is_refused(server: LoopbackHub, tmp_path: Path) -> None:
     server.add_repo(BASE, FILES)
-    monkeypatch.setattr("tests.support.hub.LFS_SUFFIXES", (".bin",))
+    server.file_headers["X-Linked-ETag"] = '"0123"'
     with pytest.raises(SourceError):
         resolved(tmp_path)
 

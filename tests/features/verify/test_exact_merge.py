@@ -197,12 +197,16 @@ def test_values_that_are_not_finite_are_left_to_others() -> None:
     assert fitted(of, actual)[0] == 0
 
 
-def test_blocks_of_rows_give_what_the_whole_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    of = layer(2, torch.bfloat16, least_size=300)
-    actual = steps(next(honest(*of)), _column(torch.ones(of[0].shape)))
+def test_blocks_of_rows_give_what_other_blocks_give() -> None:
+    weight, a, b, scaling = of = layer(2, torch.bfloat16, least_size=300)
+    actual = steps(next(honest(*of)), _column(torch.ones(weight.shape)))
+    halves = Fit(torch.bfloat16, torch.bfloat16, 1.0)
+    for half in (slice(150), slice(150, 300)):
+        (rows,) = lora_rows("w", weight[half], LowRankUpdate(lora_a=a, lora_b=b[half], scaling=scaling))
+        halves.add(actual[half], rows)
+    outside, bias = halves.best()
     in_blocks = fitted(of, actual)
-    monkeypatch.setattr(exact_merge, "ELEMENTS", 1 << 30)
-    assert fitted(of, actual) == pytest.approx(in_blocks)
+    assert (outside, bias / limit_of(actual), halves.astray) == pytest.approx(in_blocks)
     assert in_blocks[0] > 0
 
 

@@ -8,7 +8,7 @@ the base for all other tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,20 @@ def _identifiers(model_type: str) -> Iterator[str]:
             yield inside_type
 
 
-def check(model_type: str, directory: Path) -> Checked:
+def publish(layout: StoredLayout, changed: Mapping[str, torch.Tensor], sent: Sent) -> None:
+    """Write the changed tensors as a merge does."""
+    connection: Any = sent
+    consumer = PublicationConsumer(layout, connection, 0)
+    consumer.expect({name: (values.shape, values.dtype) for name, values in changed.items()})
+    for name, values in changed.items():
+        consumer.put(name, values)
+    consumer.complete(changed, ())
+    consumer.finish(Evidence(base=layout.base.facts))
+    if sent.refusal is not None:
+        raise NotPublishedError(sent.refusal.message)
+
+
+def check(model_type: str, directory: Path, publish: Callable[..., None] = publish) -> Checked:
     """Publish a change of a tiny model of this type, and compare what transformers loads."""
     try:
         architecture = architectures.build(model_type, directory / "base", torch.float32)
@@ -89,7 +102,7 @@ def check(model_type: str, directory: Path) -> Checked:
         with methods.quiet():
             layout = _layout(base, architecture.model_class)
             changed = _changed(base, layout)
-            _publish(layout, changed, sent)
+            publish(layout, changed, sent)
     except (GateError, NoMapError) as error:
         return Checked(model_type=model_type, changed=len(changed), refused=str(error)[:300])
     write_model(directory / "base", directory / "published", sent)
@@ -117,19 +130,6 @@ def _changed(base: Base, layout: StoredLayout) -> dict[str, torch.Tensor]:
     stored = {name: tensor.detach() for name, tensor in base.tensors.items() if layout.groups(name)}
     weights = [name for name, tensor in stored.items() if tensor.is_floating_point() and tensor.dim() > 1]
     return {name: stored[name] + torch.rand(stored[name].shape, generator=generator) + 1 for name in weights[::2]}
-
-
-def _publish(layout: StoredLayout, changed: dict[str, torch.Tensor], sent: Sent) -> None:
-    """Write the changed tensors as a merge does."""
-    connection: Any = sent
-    consumer = PublicationConsumer(layout, connection, 0)
-    consumer.expect({name: (values.shape, values.dtype) for name, values in changed.items()})
-    for name, values in changed.items():
-        consumer.put(name, values)
-    consumer.complete(changed, ())
-    consumer.finish(Evidence(base=layout.base.facts))
-    if sent.refusal is not None:
-        raise NotPublishedError(sent.refusal.message)
 
 
 def _wrong(base: Base, changed: dict[str, torch.Tensor], model_class: Any, published: Path) -> Iterator[str]:

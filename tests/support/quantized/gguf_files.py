@@ -35,17 +35,42 @@ def permuted(values: torch.Tensor, heads: int) -> torch.Tensor:
 def write_llama(path: Path, tensors: Mapping[str, torch.Tensor], config: Any, kind: Type, embedding: Type) -> None:
     """A Llama with its matrices in one type, the embedding and the head in another, and norms in float32."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_array("tokenizer.ggml.tokens", ["<s>", "a", "b"])
+    made = {}
     for name, values in tensors.items():
         stem, _, last = name.rpartition(".")
-        if "q_proj" in name or "k_proj" in name:
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            values = permuted(values, heads)  # noqa: PLW2901
-        used = Type.F32 if values.dim() < 2 else embedding if "embed" in name or "lm_head" in name else kind
-        writer.add_tensor(f"{names.get_name(stem)}.{last}", packed(values, used), raw_dtype=used)
+        used = embedding if "embed" in name or "lm_head" in name else kind
+        made[f"{names.get_name(stem)}.{last}"] = converted(name, values, config), used
+    write(path, "llama", made, keys_of(config))
+
+
+def converted(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
+    """A tensor of a Llama as llama.cpp's converter stores it."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return next((permuted(values, count) for part, count in heads.items() if part in name), values)
+
+
+def keys_of(config: Any) -> dict[str, float]:
+    """The keys that llama.cpp's converter takes from a config."""
+    return {
+        "block_count": config.num_hidden_layers,
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "rope.freq_base": config.rope_parameters["rope_theta"],
+    }
+
+
+def write(
+    path: Path, architecture: str, tensors: Mapping[str, tuple[torch.Tensor, Type]], keys: Mapping[str, float]
+) -> None:
+    """A file with these tensors. Vectors are in float32."""
+    writer = gguf.GGUFWriter(path, architecture)
+    for key, value in keys.items():
+        (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{architecture}.{key}", value)
+    writer.add_array("tokenizer.ggml.tokens", ["<s>", "a", "b"])
+    for name, (values, kind) in tensors.items():
+        used = Type.F32 if values.dim() < 2 else kind
+        writer.add_tensor(name, packed(values, used), raw_dtype=used)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -127,6 +127,7 @@ class MemoryRelease:
 
     def __init__(self, tensors: dict[str, torch.Tensor], quantizer: str, grids: dict[int, Grid] | None = None) -> None:
         self.format = quantizer
+        self.added, self.settings = (), ()
         self._tensors = tensors
         own = {name: (grids or {}).get(id(tensor)) for name, tensor in tensors.items()}
         self._on_grid = {name for name, grid in own.items() if grid is not None}

@@ -31,13 +31,13 @@ VENDOR = Path(__file__).resolve().parents[4] / "vendor"
 
 _ASK_S = 30
 _PING_S = 5
-_SOCKETS = (
+SOCKETS = (
     "/var/run/docker.sock", "{home}/.docker/run/docker.sock", "{runtime}/docker.sock",
     "/run/podman/podman.sock", "{runtime}/podman/podman.sock",
 )  # fmt: skip
 _OLDEST_SDK = 7
 _NEEDED = "docker>=7.1"
-_PROGRESS_S = 5.0
+PROGRESS_S = 5.0
 _REASON_LENGTH = 400
 _LIST_ATTEMPTS = 4
 _LIST_PAUSE_S = 0.5
@@ -150,7 +150,7 @@ def _known_socket(environ: Mapping[str, str]) -> Address | None:
         "home": str(_home(environ)),
         "runtime": environ.get("XDG_RUNTIME_DIR") or f"/run/user/{os.getuid()}",
     }
-    paths = [Path(template.format(**places)) for template in _SOCKETS]
+    paths = [Path(template.format(**places)) for template in SOCKETS]
     paths = [path for path in paths if os.path.exists(path) and path.is_socket()]  # noqa: PTH110 - never raises
     sockets = [Address(f"unix://{path}", "a socket of this machine") for path in paths]
     return next((address for address in sockets if not unreachable(address)), sockets[0] if sockets else None)
@@ -314,7 +314,7 @@ def _identity(client: Any, image: str) -> str:
 def progress(events: Iterator[dict[str, Any]]) -> Iterator[str]:
     """Turn the engine's events into a line every few seconds. Raises `LauncherError` for an error among them."""
     layers: dict[str, tuple[int, int]] = {}
-    due = time.monotonic() + _PROGRESS_S
+    due = time.monotonic() + PROGRESS_S
     for event in events:
         if event.get("error"):
             raise LauncherError(str(event["error"]))
@@ -322,7 +322,7 @@ def progress(events: Iterator[dict[str, Any]]) -> Iterator[str]:
         if event.get("status") == "Downloading" and detail.get("total"):
             layers[str(event.get("id"))] = (int(detail.get("current") or 0), int(detail["total"]))
         if layers and time.monotonic() >= due:
-            due = time.monotonic() + _PROGRESS_S
+            due = time.monotonic() + PROGRESS_S
             done, total = (sum(part[index] for part in layers.values()) / 1e6 for index in (0, 1))
             yield f"pulling: {done:.0f} of {total:.0f} MB\n"
 

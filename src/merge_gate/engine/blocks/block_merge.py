@@ -115,17 +115,17 @@ class _Norms:
             assert isinstance(values, DenseValues)  # noqa: S101 - no quantized weight is transposed
             self._norms = _column_norms(values, update, buffers)
         elif not _provable(values, blocks, transposed=False):
-            self._norms = _norms_of(torch.cat([values.rows(rows) + delta.block(rows) for rows in blocks]))
+            self._norms = norms_of(torch.cat([values.rows(rows) + delta.block(rows) for rows in blocks]))
 
     def factor(self, rows: slice, summed: torch.Tensor) -> torch.Tensor:
         if self._norms is None:
-            return (self._magnitude[rows] / _norms_of(summed)).view(-1, 1)
+            return (self._magnitude[rows] / norms_of(summed)).view(-1, 1)
         if self._transposed:
             return (self._magnitude / self._norms).view(1, -1)
         return (self._magnitude[rows] / self._norms[rows]).view(-1, 1)
 
 
-def _norms_of(summed: torch.Tensor) -> torch.Tensor:
+def norms_of(summed: torch.Tensor) -> torch.Tensor:
     """PEFT's own expression (`get_weight_norm`) for (out, in)."""
     norms: torch.Tensor = torch.linalg.norm(summed, dim=1)
     return norms
@@ -138,12 +138,12 @@ def _column_norms(values: DenseValues, update: LowRankUpdate, buffers: Buffers) 
     if not _provable(values, columns, transposed=True):
         columns = (slice(0, values.shape[1]),)
     delta = Delta(straight, columns, buffers)
-    return torch.cat([_norms_of(values.columns(part).T + delta.block(part)) for part in columns])
+    return torch.cat([norms_of(values.columns(part).T + delta.block(part)) for part in columns])
 
 
 def _provable(values: Weight, blocks: tuple[slice, ...], *, transposed: bool) -> bool:
     with ONE_PROOF_AT_A_TIME:
-        return len(blocks) > 1 and _norms_proved(
+        return len(blocks) > 1 and norms_proved(
             rows=values.shape[0],
             columns=values.shape[1],
             dtype=values.dtype,
@@ -154,7 +154,7 @@ def _provable(values: Weight, blocks: tuple[slice, ...], *, transposed: bool) ->
 
 
 @functools.cache
-def _norms_proved(
+def norms_proved(
     *, rows: int, columns: int, dtype: torch.dtype, transposed: bool, starts: tuple[int, ...], threads: int
 ) -> bool:
     """Whether norms of blocks have the bits of the norms of the whole. The result is a property of this machine."""
@@ -163,12 +163,12 @@ def _norms_proved(
     weight = _pattern(rows, columns).to(dtype)
     if transposed:
         delta = _pattern(columns, rows)
-        whole = _norms_of(weight.T + delta)
-        made = [_norms_of(weight[:, part].contiguous().T + delta[part]) for part in blocks]
+        whole = norms_of(weight.T + delta)
+        made = [norms_of(weight[:, part].contiguous().T + delta[part]) for part in blocks]
     else:
         delta = _pattern(rows, columns)
-        whole = _norms_of(weight + delta)
-        made = [_norms_of(weight[part] + delta[part]) for part in blocks]
+        whole = norms_of(weight + delta)
+        made = [norms_of(weight[part] + delta[part]) for part in blocks]
     return torch.equal(torch.cat(made), whole)
 
 

@@ -57,7 +57,7 @@ def bnb() -> Any:
 
 
 @functools.cache
-def _quantize_4bit() -> Any:
+def own_quantize_4bit() -> Any:
     """The function of bitsandbytes, even while a base loads and `loading_in_blocks` has replaced it."""
     return bnb().quantize_4bit
 
@@ -112,7 +112,7 @@ def _proved(blocksize: int, quant_type: str, dtype: torch.dtype) -> bool:
     largest = torch.finfo(dtype).max
     values = values.clamp(-largest, largest).to(dtype)
     counted = _counted(values, blocksize, quant_type)
-    packed, state = _quantize_4bit()(values, blocksize=blocksize, quant_type=quant_type)
+    packed, state = own_quantize_4bit()(values, blocksize=blocksize, quant_type=quant_type)
     return counted is not None and torch.equal(counted[0], packed) and torch.equal(counted[1], state.absmax)
 
 
@@ -122,7 +122,7 @@ def _proved(blocksize: int, quant_type: str, dtype: torch.dtype) -> bool:
 @contextmanager
 def loading_in_blocks() -> Iterator[None]:
     """Inside of this context, the layers of bitsandbytes are quantized in blocks, on all cores."""
-    own = _quantize_4bit()
+    own = own_quantize_4bit()
 
     @functools.wraps(own)
     def in_blocks(A: torch.Tensor, *rest: Any, **named: Any) -> Any:  # noqa: N803 - bitsandbytes' own name
@@ -154,7 +154,7 @@ def _in_blocks(
     made = [result for result in results if result is not None]
     if len(made) < len(results):
         return None
-    packed, state = _quantize_4bit()(blocks[0][:CROSS_CHECKED], blocksize=sharing, quant_type=quant_type)
+    packed, state = own_quantize_4bit()(blocks[0][:CROSS_CHECKED], blocksize=sharing, quant_type=quant_type)
     ours = made[0][0][: len(packed)], made[0][1][: len(state.absmax)]
     if not (torch.equal(ours[0], packed) and torch.equal(ours[1], state.absmax)):
         return None

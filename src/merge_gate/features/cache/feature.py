@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.features.cache.cached_verdict import CachedVerdict, document_of, for_entry, from_document
-from merge_gate.features.cache.remembered import StoredDevices, StoredDigests, StoredFigures
+from merge_gate.features.cache.remembered import StoredDevices, StoredDigests, StoredFigures, boot_id
 from merge_gate.features.cache.store import Seal, Store, from_environment
 from merge_gate.files.base_watch import base_directory
 from merge_gate.records.terms import BaseKey, Read
@@ -54,11 +54,12 @@ class VerdictCache(Feature):
         for place in (folder, *folder.parents):
             refuse_input(place, run.inputs, "--cache")
         self._store = Store(directory, seal, run.view.note, read_only=run.options.is_plan)
-        self._devices = StoredDevices(run.options.device, self._store, os.environ)
+        boot = boot_id()
+        self._devices = StoredDevices(run.options.device, self._store, boot, os.environ)
         here, trusts = current_place(os.environ), run.config.trusts
         self._figures = StoredFigures(self._store, here, fresh=self._fresh, trusts=trusts)
         self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseFigures]] = {}
-        run.watch.remembered = StoredDigests(self._store, fresh=self._fresh)
+        run.watch.remembered = StoredDigests(self._store, boot, fresh=self._fresh)
 
     def close(self) -> None:
         self._store.tidy()

@@ -34,8 +34,8 @@ _CARD_VARIABLES = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES", "HIP_VISIBL
 class StoredDevices:
     """The device that a run would merge on, which is part of every key. A card is valid until the machine restarts."""
 
-    def __init__(self, requested: str, store: Store, environ: Mapping[str, str]) -> None:
-        self._requested, self._store, self._environ = requested, store, environ
+    def __init__(self, requested: str, store: Store, boot: str | None, environ: Mapping[str, str]) -> None:
+        self._requested, self._store, self._boot, self._environ = requested, store, boot, environ
 
     def lookup(self) -> DeviceChosen | None:
         """The device that torch would choose; None if only torch can tell."""
@@ -58,17 +58,16 @@ class StoredDevices:
 
     def _name(self) -> str | None:
         """The name of the stored device; None on a CPU, and if the system has no id of its start."""
-        start = None if self._is_cpu else boot_id()
-        if start is None:
+        if self._is_cpu or self._boot is None:
             return None
         cards = (self._environ.get(variable, "") for variable in _CARD_VARIABLES)
-        return _digest("\0".join((start, self._requested, libraries()["torch"] or "", *cards)))
+        return _digest("\0".join((self._boot, self._requested, libraries()["torch"] or "", *cards)))
 
 
-def boot_id() -> str | None:
+def boot_id(file: Path = Path("/proc/sys/kernel/random/boot_id")) -> str | None:
     """An id that changes whenever this machine starts; None if the system has none."""
     with suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip() or None
+        return file.read_text(encoding="ascii").strip() or None
     return None
 
 
@@ -94,17 +93,16 @@ class StoredDigests:
        tick of the clock would not show.
     """
 
-    def __init__(self, store: Store, *, fresh: bool = False) -> None:
-        self._store, self._fresh = store, fresh
+    def __init__(self, store: Store, boot: str | None, *, fresh: bool = False) -> None:
+        self._store, self._boot, self._fresh = store, boot, fresh
 
     def lookup(self, directory: str, identity: tuple[FileIdentity, ...]) -> dict[str, str] | None:
         """The digests of the weight files in `directory`, whose files have this identity now."""
-        boot = boot_id()
-        if self._fresh or boot is None or not identity:
+        if self._fresh or self._boot is None or not identity:
             return None
         match self._store.get("bases", _name_of(directory)):
             case {"machine": str(machine), "offset_s": float(offset_s), "files": files, "sha256": dict(digests)}:
-                is_same = machine == boot and files == _as_json(identity) and digests
+                is_same = machine == self._boot and files == _as_json(identity) and digests
                 is_set = abs(offset_s - clock_offset_s()) > CLOCK_DRIFT_S
                 return digests if is_same and not is_set and all(map(_is_digest, digests.values())) else None
         return None
@@ -113,12 +111,11 @@ class StoredDigests:
         self, directory: str, identity: tuple[FileIdentity, ...], digests: Mapping[str, str], began_ns: int
     ) -> None:
         """Store digests. Hashing began at `began_ns` (by the clock of files), when the files had this identity."""
-        boot = boot_id()
         newest = max((max(file.mtime_ns, file.ctime_ns) for file in identity), default=began_ns)
-        if boot is None or newest > began_ns - SETTLED_NS:
+        if self._boot is None or newest > began_ns - SETTLED_NS:
             return
         document = {
-            "machine": boot,
+            "machine": self._boot,
             "offset_s": clock_offset_s(),
             "files": _as_json(identity),
             "sha256": dict(digests),

@@ -381,10 +381,10 @@ class ModelWriter:
             FileExistsError: there is one of that name.
             OSError: the disk is full, or fails.
         """
-        with _opened(self._directory / name, _NEW) as descriptor:
+        with _opened(self._directory / name, _NEW) as descriptor, open(descriptor, "rb", closefd=False) as file:
             write_all(descriptor, 0, memoryview(content))
             os.fsync(descriptor)
-            if _read(descriptor) != content:
+            if file.read() != content:
                 raise _other_bytes(name)
         return HashedFile(path=name, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
 
@@ -426,12 +426,6 @@ def _opened(path: Path, flags: int = _EXISTING) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _read(descriptor: int) -> bytes:
-    with open(descriptor, "rb", closefd=False) as file:
-        file.seek(0)
-        return file.read()
 
 
 def _other_bytes(file: str, tensor: str | None = None) -> NotPublishedError:

@@ -146,6 +146,7 @@ class Checkpoint:
         kinds = Counter(map(self.kind, self._parts))
         title = {"bitsandbytes": "bitsandbytes", "mlx": "MLX"}.get(method) or KNOWN_NAMES[method.removesuffix("_v2")]
         self.format = f"{title} ({'; '.join(kind for kind, _ in kinds.most_common(3))})"
+        self.added = tuple[str, ...]()
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts or name in self._plain

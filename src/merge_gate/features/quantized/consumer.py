@@ -29,7 +29,7 @@ from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
 from merge_gate.engine.consumer import Consumer, Outline, WholeTensors
 from merge_gate.features.quantized.checkpoint import Checkpoint, open_checkpoint
-from merge_gate.features.quantized.measurement import Measurement, TensorStrength
+from merge_gate.features.quantized.measurement import Measurement, Setting, TensorStrength
 from merge_gate.features.quantized.release import Release, is_near
 from merge_gate.features.quantized.release_flow import GGUF
 from merge_gate.features.quantized.tensor_fit import fitted
@@ -91,6 +91,7 @@ class ByModelNames:
 
     def __init__(self, release: Checkpoint, mapping: TensorMap) -> None:
         self._release, self.format = release, release.format
+        self.added, self.settings = release.added, tuple[Setting, ...]()
         for source in (source for group in mapping.groups if group.conversion != RENAMED for source in group.sources):
             shape, expected = release.shape(source) if source in release else None, mapping.stored[source].shape
             if shape not in {None, tuple(expected)}:
@@ -199,7 +200,8 @@ class StrengthConsumer(WholeTensors):
 
     def end(self, attempt: MergeAttempt) -> Evidence:
         attempt.merge = None  # its memory is of no use to what follows
-        measurement = Measurement(format=self._release.format)
+        release = self._release
+        measurement = Measurement(format=release.format, added=release.added, settings=release.settings)
         if attempt.evidence.refusal is None:
             self._compare_others()
             measurement = replace(measurement, tensors=tuple(self._facts.values()), absent=tuple(self._absent))

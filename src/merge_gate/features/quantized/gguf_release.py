@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from io import BufferedReader
 from typing import Any
 
@@ -17,8 +16,10 @@ import torch
 from transformers import modeling_gguf_pytorch_utils as of_transformers
 
 from merge_gate._internal.errors import EngineError, SourceError
-from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.features.quantized.gguf_file import GgufHeader, GgufTensor, read_header
+from merge_gate._internal.text import listing, quoted
+from merge_gate.features.quantized.gguf_file import GgufTensor, read_header
+from merge_gate.features.quantized.gguf_names import differing_factors, differing_settings, named, rope_factors
+from merge_gate.features.quantized.measurement import Setting
 
 BLOCK = 1 << 22
 """Values that are dequantized at once: 16 MiB."""
@@ -43,23 +44,20 @@ class GgufRelease:
             hint = "install it where merge-gate runs: pip install 'merge-gate[quantized]'"
             raise EngineError("GGUF cannot be read without the package gguf", hint=hint) from error
         self._gguf, self._file = gguf, file
-        types = {kind.value: kind for kind in self._gguf.GGMLQuantizationType}
+        self._types: Mapping[int, Any] = {kind.value: kind for kind in self._gguf.GGMLQuantizationType}
         header = read_header(file, {kind.value: size for kind, size in self._gguf.GGML_QUANT_SIZES.items()})
-        self._types: Mapping[int, Any] = types
-        self._processor, self._names = _mapping(header, model)
-        self._tensors: dict[str, list[GgufTensor]] = defaultdict(list)
-        for tensor in header.tensors.values():
-            name = self._names.get(tensor.name) or self._names.get(tensor.name.removesuffix(".weight"))
-            if name is not None:
-                self._tensors[name].append(tensor)
+        self._names = named(header, model)
+        self._tensors, self.added = self._names.tensors, self._names.added
         kinds = dict.fromkeys(self.kind(name) for name in self._tensors)
         self.format = f"GGUF ({listing(sorted(filter(None, kinds))) or 'not quantized'})"
+        config = model.config.get_text_config(decoder=True)
+        self.settings = (*differing_settings(header, config), *self._differing_rope(config))
 
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
     def expects(self, name: str) -> bool:
-        return name in self._names.values()
+        return name in self._names.names.values()
 
     def kind(self, name: str) -> str:
         kind: str = self._types[self._tensors[name][0].type].name
@@ -71,19 +69,22 @@ class GgufRelease:
         return (*first[:1], sum(shape[1] for shape in (first, *others)), *first[2:]) if others else first
 
     def read(self, name: str) -> torch.Tensor:
-        parsed: dict[str, Any] = {"tensors": {}}
-        more = {"tensor_key_mapping": self._names, "parsed_parameters": parsed}
+        parts = self._tensors[name]
         try:
-            for tensor in self._tensors[name]:
-                made = self._processor.process(weights=self._values(tensor), name=tensor.name, **more)
-                if made.name is not None:
-                    parsed["tensors"][name] = torch.as_tensor(made.weights)
-            values: torch.Tensor = parsed["tensors"][name]
+            if len(parts) > 1:
+                return torch.cat([self._values(tensor) for tensor in parts], 1)
+            parsed: dict[str, Any] = {"tensors": {}}
+            more = {"tensor_key_mapping": self._names.names, "parsed_parameters": parsed}
+            made = self._names.processor.process(weights=self._values(parts[0]).numpy(), name=parts[0].name, **more)
+            values = parsed["tensors"][name] if made.name is None else torch.as_tensor(made.weights)
         except (NotImplementedError, ValueError, LookupError, RuntimeError) as error:  # of gguf and transformers
-            raise EngineError(f"the GGUF file's {quoted(name, 120)} cannot be read: {str(error)[:200]}") from error
+            raise EngineError(
+                f"{quoted(name, 120)} of the GGUF file cannot be read: {str(error)[:200]}",
+                hint="verify the merged model before it is converted",
+            ) from error
         return values.float().contiguous()
 
-    def _values(self, tensor: GgufTensor) -> Any:
+    def _values(self, tensor: GgufTensor) -> torch.Tensor:
         """The values of a tensor as the file has them, in float32."""
         rows = math.prod(tensor.shape[:-1])
         row_bytes, kind = tensor.size_bytes // rows, self._types[tensor.type]
@@ -95,12 +96,20 @@ class GgufRelease:
                 raise SourceError(f"the GGUF file ends within its tensor {quoted(tensor.name, 120)}")
             block = torch.as_tensor(self._gguf.quants.dequantize(packed.numpy(), kind))
             values[start : start + len(packed)] = block.view(len(packed), -1)
-        return values.reshape(tensor.shape).numpy()
+        return values.reshape(tensor.shape)
+
+    def _differing_rope(self, config: Any) -> Iterator[Setting]:
+        """The factors of rotary embeddings, if they are not those of the base's config."""
+        wanted, stored = rope_factors(config), self._names.rope
+        for name in {**wanted, **stored}:
+            actual = self._values(stored[name]) if name in stored else None
+            if (setting := differing_factors(name, wanted.get(name), actual)) is not None:
+                yield setting
 
     def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
         """As the release's type. Rows that were exchanged have the same blocks, and a transposed tensor has others."""
         tensors, kind = self._tensors[name], self.kind(name)
-        if len(tensors) > 1 or not kind or isinstance(self._processor, of_transformers.GPT2TensorProcessor):
+        if len(tensors) > 1 or not kind or isinstance(self._names.processor, of_transformers.GPT2TensorProcessor):
             return None
         if kind in _SIMILAR:
             return _rounded(values, *_SIMILAR[kind])
@@ -121,32 +130,3 @@ def _rounded(values: torch.Tensor, block: int, steps: int, is_symmetric: bool) -
         low = -high
     step = ((high - low) / steps).clamp(min=torch.finfo(torch.float32).tiny)
     return (((blocks - low) / step).round() * step + low).reshape(values.shape)
-
-
-def _mapping(header: GgufHeader, model: Any) -> tuple[Any, Mapping[str, str]]:
-    """The processor of transformers for this architecture, and the file's names of tensors with those of the model.
-
-    Raises:
-        EngineError: the file is no whole model, or transformers does not know its architecture.
-    """
-    architecture, count = header.keys.get("general.architecture"), header.keys.get("split.count")
-    if header.keys.get("general.type") == "adapter":
-        raise EngineError("the GGUF file is an adapter", hint="name the GGUF file of a merged model")
-    if count:
-        raise EngineError(
-            f"the GGUF file is part of {counted(count, 'file')}", hint="join them with `llama-gguf-split --merge`"
-        )
-    known = {*of_transformers.GGUF_SUPPORTED_ARCHITECTURES, *of_transformers.TENSOR_PROCESSORS}
-    if not isinstance(architecture, str) or architecture not in known - {"general", "tokenizer"}:
-        raise EngineError(
-            f"transformers does not know the architecture {quoted(str(architecture), 60)} of the GGUF file, so its "
-            "tensors cannot be compared with those of the base",
-            hint="verify the merged model before it is converted",
-        )
-    config = model.config.get_text_config(decoder=True)
-    processor = of_transformers.TENSOR_PROCESSORS.get(architecture, of_transformers.TensorProcessor)(config.to_dict())
-    try:
-        names = of_transformers.get_gguf_hf_weights_map(model, processor, architecture, config.num_hidden_layers)
-    except (NotImplementedError, AttributeError) as error:
-        raise EngineError(f"transformers cannot name the tensors of the GGUF file: {error}") from error
-    return processor, names

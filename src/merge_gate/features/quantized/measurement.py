@@ -72,12 +72,24 @@ class TensorStrength:
 
 
 @record
+class Setting:
+    """What the header of a release says, and what the base's config says instead."""
+
+    name: str
+    actual: str
+    expected: str
+
+
+@record
 class Measurement:
     """A release, compared with the merge of one adapter.
 
     `absent` are tensors that the merge changes, and that the release lacks. `format` is what texts call its format.
+    `added` are tensors that the model does not have, and `settings` differ from those of the base.
     """
 
     format: str = ""
     tensors: tuple[TensorStrength, ...] = ()
     absent: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    settings: tuple[Setting, ...] = ()

@@ -8,6 +8,8 @@ from typing import Protocol
 
 import torch
 
+from merge_gate.features.quantized.measurement import Setting
+
 MOST_ROWS = 2
 """A tensor with other rows than the base's has at most so many times as many: such as a padded vocabulary."""
 
@@ -15,10 +17,13 @@ MOST_ROWS = 2
 class Release(Protocol):
     """The values of a release, by the names of the tensors as the base's files or the base's model has them.
 
-    `format` is what texts call it, such as `GGUF (Q4_K, Q6_K)`.
+    `format` is what texts call it, such as `GGUF (Q4_K, Q6_K)`. `added` are tensors that the base does not have, and
+    `settings` differ from those of the base.
     """
 
     format: str
+    added: tuple[str, ...]
+    settings: tuple[Setting, ...]
 
     def __contains__(self, name: str) -> bool: ...
 

@@ -212,6 +212,14 @@ def _unfit(measurement: Measurement) -> Iterator[Finding]:
         what = counted(len(absent), "tensor that the merge changes is", "tensors that the merge changes are")
         names = listing([quoted(name, 120) for name in absent], LISTED)
         yield finding("not-carried", f"{what} not in the release: {names}", tensor=absent[0])
+    if added := measurement.added:
+        what = counted(len(added), "tensor is", "tensors are")
+        names = listing([quoted(name, 120) for name in added], LISTED)
+        yield finding("added", f"{what} in the release and not in the merge: {names}", tensor=added[0])
+    for setting in measurement.settings[:LISTED]:
+        what = f"{quoted(setting.name, 120)} in the release is {quoted(setting.actual, 60)}"
+        hint = "quantize the merge again, with the config.json of the base"
+        yield finding("config-differs", f"{what}, expected {quoted(setting.expected, 60)} as in the base", hint=hint)
     if bad := [tensor for tensor in measurement.tensors if tensor.nonfinite]:
         what = f"{counted(sum(tensor.nonfinite for tensor in bad), 'value')} of {counted(len(bad), 'tensor')}"
         yield finding("nonfinite", f"{what} are NaN or Inf: {_listed(bad)}", tensor=bad[0].name)

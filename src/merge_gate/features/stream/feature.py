@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from merge_gate.features.stream.feed_service import FeedService
+from merge_gate.features.stream.feed_service import FeedService, slots
 from merge_gate.features.stream.read_ahead import FedBase, LocalFiles
 from merge_gate.files.base_watch import base_directory
 from merge_gate.records.refusals import NotJudged
 from merge_gate.run.feature import Feature
+from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.private_directory import private_directory
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class StreamedBases(Feature):
         """What reads bases for one process; None if it reads all bases of its job itself."""
         if not any(group.fed for group in job.groups):
             return None
-        return FeedService(lambda position: self.open(job.groups[position]))
+        return FeedService(lambda position: self.open(job.groups[position]), slots(MemoryGroup().free_bytes()))
 
     def open(self, group: Group) -> FedBase:
         """The files of a group's base. If all their bytes pass, their digests are known.

@@ -25,12 +25,15 @@ _LEAST_SLOTS, _MOST_SLOTS = CONNECTIONS + 4, 32
 
 
 class FeedService(Service):
-    """Reads for one worker process. `open_base` gives the files of a group by its position in the job."""
+    """Reads for one worker process, through a window of `slots` pieces.
+
+    `open_base` gives the files of a group by its position in the job.
+    """
 
     calls = (SpansExpected, BytesRequested)
 
-    def __init__(self, open_base: Callable[[int], FedBase]) -> None:
-        self._open_base = open_base
+    def __init__(self, open_base: Callable[[int], FedBase], slots: int) -> None:
+        self._open_base, self._slots = open_base, slots
         self._expecting = threading.Lock()
         self._window: Window | None = None
         self._ahead: ReadAhead | None = None
@@ -64,7 +67,7 @@ class FeedService(Service):
                     ahead.needed_now = call.needed_now
                     return
                 ahead.cancel()
-            self._window = self._window or Window(_slots())
+            self._window = self._window or Window(self._slots)
             self._ahead = ReadAhead(base, call.spans, self._window, whole=call.whole, needed_now=call.needed_now)
             if call.spans:
                 self._ahead.start()
@@ -84,11 +87,10 @@ def _is_in(span: FileSpan, base: FedBase) -> bool:
     return 0 <= span.start < span.end <= base.files.sizes.get(span.file, 0)
 
 
-def _slots() -> int:
-    room = (MemoryGroup().free_bytes() or 0) // _WINDOW_SHARE // PIECE_BYTES
-    return min(max(room, _LEAST_SLOTS), _MOST_SLOTS)
+def slots(free_bytes: int | None) -> int:
+    return min(max((free_bytes or 0) // _WINDOW_SHARE // PIECE_BYTES, _LEAST_SLOTS), _MOST_SLOTS)
 
 
 def window_bytes() -> int:
     """The memory that the bytes of a base pass through: the window, and a piece for each channel of calls."""
-    return (_slots() + CALL_CHANNELS) * PIECE_BYTES
+    return (slots(MemoryGroup().free_bytes()) + CALL_CHANNELS) * PIECE_BYTES

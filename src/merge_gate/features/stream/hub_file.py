@@ -34,7 +34,8 @@ from merge_gate.features.stream.read_ahead import refuse_excess
 from merge_gate.files.headers import MAX_HEADER_BYTES, shown
 from merge_gate.files.hub import ask, is_transport
 from merge_gate.files.identity import base_identity
-from merge_gate.limits.request_limits import AGENT, LEAST_BYTES_PER_S, MOST_BYTES, REQUEST_TIMEOUT_S, limit_requests
+from merge_gate.limits import request_limits
+from merge_gate.limits.request_limits import AGENT, LEAST_BYTES_PER_S, MOST_BYTES, limit_requests
 from merge_gate.records.files import Fetched, FileIdentity
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class HubFile:
         done = tries = 0
         spent_s = 0.0
         while done < len(buffer):
-            if spent_s > REQUEST_TIMEOUT_S and done < LEAST_BYTES_PER_S * spent_s:
+            if spent_s > request_limits.REQUEST_TIMEOUT_S and done < LEAST_BYTES_PER_S * spent_s:
                 raise SourceError(
                     f"{self.label}: {done:,} bytes arrived in {spent_s:.0f} s, which is too slow", hint=_LATER
                 )
