@@ -1,7 +1,5 @@
 """What the end-to-end tests share: tools, an engine, the image, the demo's files. A missing tool is a failure."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil
@@ -9,8 +7,8 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,9 +18,6 @@ from tests.support.e2e.act import ROOT, TAG, ActRun, copy_action, free_port, mak
 from tests.support.e2e.engines import BASE_IMAGE, pip_settings, serving
 from tests.support.e2e.launch import TOKEN
 from tests.support.e2e.proxy import HUB_NAME
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 IMAGE = f"localhost/merge-gate:{TAG}"
 ROGUE = f"localhost/merge-gate-rogue:{TAG}"

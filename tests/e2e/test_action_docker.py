@@ -1,18 +1,13 @@
 """The whole chain: act → action → launcher → container → report → artifact, on a runner with a bare python3."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import jsonschema
 import pytest
 
 from tests.support.e2e.act import TAG
 from tests.support.schemas import report_schema
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.e2e
 

@@ -1,21 +1,15 @@
 """The action in the environment of its job: real workflow files, run by act."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
 
+from tests.support.e2e.act import ActRun
 from tests.support.schemas import report_schema
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.e2e.act import ActRun
 
 pytestmark = pytest.mark.e2e
 

@@ -1,7 +1,5 @@
 """What a run may do for the default branch, a branch, and a fork. actions/cache and code scanning are stand-ins."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,23 +3,18 @@
 Without a container: the environment of a self-hosted runner. Bases are downloaded, and streamed.
 """
 
-from __future__ import annotations
-
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from tests.support.command import Answer, merge_gate, strict_json
 from tests.support.e2e import proxy
 from tests.support.e2e.proxy import CREDENTIALS, HUB_NAME, PASSWORD, CompanyProxy
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.support.hub import LoopbackHub
+from tests.support.hub import LoopbackHub
 
 pytestmark = pytest.mark.e2e
 

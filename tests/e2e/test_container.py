@@ -1,7 +1,5 @@
 """The gate in the real image, through the Docker SDK against podman's API: the launcher as the action calls it."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import http.server
@@ -16,9 +14,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import docker
 import jsonschema
@@ -33,9 +31,6 @@ from tests.support.e2e.docker_engine import cdi_specification
 from tests.support.e2e.engines import PATIENCE_S, as_user, described, serving
 from tests.support.e2e.launch import LAUNCH, TOKEN
 from tests.support.schemas import report_schema
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = pytest.mark.e2e
 

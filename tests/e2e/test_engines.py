@@ -1,7 +1,5 @@
 """Ways to an engine: a socket file, TLS, a docker context, one that is rootless; and SDKs that are on the way."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -13,9 +11,9 @@ import signal
 import ssl
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -26,9 +24,6 @@ from merge_gate.action.docker.launcher import run_in_container
 from tests.support.e2e.act import ROOT, free_port
 from tests.support.e2e.engines import as_user, serving
 from tests.support.e2e.proxy import proxy
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = pytest.mark.e2e
 

@@ -3,13 +3,11 @@
 The toolkit's hook and its CDI specification are stand-ins; the engines, the launcher and the image are real.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import docker
 import pytest
@@ -21,9 +19,6 @@ from tests.support.card import build, compare
 from tests.support.e2e.act import TAG, copy_action
 from tests.support.e2e.docker_engine import UUIDS, Hook, cdi_specification, docker_engine
 from tests.support.e2e.engines import BASE_IMAGE
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = pytest.mark.e2e
 

@@ -1,13 +1,11 @@
 """The image by itself: what it holds, and that it runs without the launcher, by hand and as a job's container."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
 import subprocess
 import zlib
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import yaml
@@ -15,9 +13,6 @@ import yaml
 from merge_gate.report.stored.report_files import FORMATS
 from tests.support.e2e.act import ROOT
 from tests.support.e2e.engines import pip_settings
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.e2e
 

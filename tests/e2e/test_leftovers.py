@@ -1,7 +1,5 @@
 """What a run leaves where it is killed, interrupted, or its engine fails: nothing after the next run, a token never."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -9,21 +7,17 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
+from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
 from tests.support.e2e.engines import PATIENCE_S, described
 from tests.support.e2e.launch import LAUNCH, TOKEN
 from tests.support.e2e.proxy import proxy
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from merge_gate.action.docker.container import ContainerRun
 
 pytestmark = pytest.mark.e2e
 

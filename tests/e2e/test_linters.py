@@ -1,19 +1,14 @@
 """zizmor, actionlint, hadolint, shellcheck and the schemas find nothing; and would, if there were something."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil
 import subprocess
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from tests.support.e2e.act import ROOT
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.e2e
 

@@ -1,19 +1,14 @@
 """The gate behind a company's proxy that wants a password, and a Hub whose certificate the company has signed."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
 from tests.support.e2e.proxy import CREDENTIALS, HUB_NAME, PASSWORD, CompanyProxy, company
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = pytest.mark.e2e
 

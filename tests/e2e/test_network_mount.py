@@ -1,19 +1,15 @@
 """Bases on a network mount: a FUSE mount whose server works, dies, or answers EIO in the middle of a base."""
 
-from __future__ import annotations
-
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from tests.support.command import merge_gate, start, strict_json, wait_until
 from tests.support.e2e.fuse_mount import mounted
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 pytestmark = [
     pytest.mark.e2e,

@@ -1,7 +1,5 @@
 """`make pictures` runs, and its pictures are what the documents need: small, sharp, by day and by night."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -3,8 +3,6 @@
 The base has the shape of an 8 B model with fewer layers. Its weights are three times the runner's disk.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -3,26 +3,22 @@
 Only the address of torch's CPU index is left out: this machine's pip may reach another index only.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from tests.support.e2e.act import ROOT
 from tests.support.e2e.engines import BASE_IMAGE, pip_settings
 from tests.support.generated import blocks
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 pytestmark = pytest.mark.e2e
 

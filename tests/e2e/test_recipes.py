@@ -1,10 +1,8 @@
 """The recipes, as far as they run without the services they are for: workflows by act, gh and the Hub on loopback."""
 
-from __future__ import annotations
-
 import re
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +10,6 @@ from merge_gate.demo import EXPECTED
 from tests.support.e2e.act import ROOT, ActRun, make_repository, run_act
 from tests.support.e2e.github import BOT, GitHub, archive, serving
 from tests.support.hub import LoopbackHub, files_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 pytestmark = pytest.mark.e2e
 

@@ -1,19 +1,13 @@
 """Containers whose code is hostile: nothing that they plant is followed, waited for, read whole, or uploaded."""
 
-from __future__ import annotations
-
 import json
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
+from merge_gate.action.docker.container import ContainerRun
 from merge_gate.action.docker.launcher import run_in_container
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.action.docker.container import ContainerRun
 
 pytestmark = pytest.mark.e2e
 

@@ -1,7 +1,5 @@
 """What all formats of a report have in common: goldens, notes, a baseline, published models, and readers' limits."""
 
-from __future__ import annotations
-
 import datetime as dt
 import gzip
 import html

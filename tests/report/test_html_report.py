@@ -1,7 +1,5 @@
 """report.html: one page that loads nothing, in which no name is anything but text."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,11 +1,9 @@
 """report.json: strict, complete, and as its schema says."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jsonschema
 import pytest
@@ -14,14 +12,11 @@ from hypothesis import strategies as st
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.records.measured import TensorMerge, TensorStats
+from merge_gate.records.report import Report
 from merge_gate.report.formats.json_report import read, render
 from tests.support.reports import EMPTY, FAIL, PASS, PASSED, UNDECIDED, adapter, hostile_reports, report
 from tests.support.schemas import report_schema, stored
-
-if TYPE_CHECKING:
-    from merge_gate.records.report import Report
-    from tests.support.wording import Wording
-
+from tests.support.wording import Wording
 
 VALIDATOR = jsonschema.Draft202012Validator(report_schema())
 

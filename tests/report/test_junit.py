@@ -1,7 +1,5 @@
 """junit.xml: valid for every report, never green for what is not, and no name is anything but text."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Where a report links: nowhere while the project has no address, and to the page of each check once it has one."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

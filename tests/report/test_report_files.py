@@ -1,19 +1,18 @@
 """Reports on disk: whole or not at all, never through a link, in a directory of one run at a time, and documented."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import resource
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from merge_gate._internal.errors import ExitCode, GateError, UsageError
-from merge_gate._internal.output_files import OUTPUT_FILES, TAG_WITHIN_BYTES
+from merge_gate._internal.output_files import OUTPUT_FILES, TAG_WITHIN_BYTES, OutputFile
 from merge_gate.records.measured import TensorMerge
 from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Finding
@@ -22,13 +21,6 @@ from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support.field_tables import column_table, field_table, held_table
 from tests.support.reports import EMPTY, FAIL, PASS, UNDECIDED
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from merge_gate._internal.output_files import OutputFile
-    from merge_gate.records.report import Report
 
 
 def test_writes_every_format_and_nothing_else(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 Its official schema is in no package that `make test` needs: tests/e2e/test_report.py validates against it.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from typing import Any

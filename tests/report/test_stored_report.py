@@ -1,18 +1,19 @@
 """A stored report in every format is what the run wrote, without torch; two are compared; others are refused."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 
 from merge_gate._internal.errors import ExitCode, UsageError
 from merge_gate.cli.dispatch import main
+from merge_gate.records.report import AdapterReport, Report
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import json_report, terminal_text
 from merge_gate.report.formats.json_report import RenderedAdapters
@@ -41,12 +42,6 @@ from tests.support.reports import (
 )
 from tests.support.tried import tried
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from merge_gate.records.report import AdapterReport, Report
 
 
 @pytest.mark.parametrize("word", WORDS)
@@ -243,7 +238,7 @@ def test_markdown_is_a_table() -> None:
 ONE, TWO = adapter("one"), adapter("two")
 
 
-def test_a_text_is_reused_for_the_same_adapter_of_the_last_report() -> None:
+def test_a_text_is_reused_for_an_adapter_of_the_last_report() -> None:
     made: list[str] = []
 
     def make(adapter: AdapterReport) -> str:

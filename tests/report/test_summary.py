@@ -1,7 +1,5 @@
 """summary.md: it says what is wrong at once, fits GitHub's limit, and no name can form markup in it."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The end of a run as text: golden, at every width, and for hostile names."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """The sentences and figures that all formats share, the result of a run in a sentence, and foreign text in them."""
 
-from __future__ import annotations
-
 import html
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """All cases that the gate judges in earnest: those of tests/support/faults.py, and those of the tests of each check."""
 
-from __future__ import annotations
-
 from importlib import import_module
 from pathlib import Path
 

@@ -4,14 +4,10 @@ A test is marked `@pytest.mark.attempt(ID, what, expected)`, once for each attem
 the marked tests and prints the table.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import pytest
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
 
 PROPERTY = "attempt"
 AS_EXPECTED = "as expected"

@@ -4,20 +4,16 @@ In: what a case wants. Out: `Draft`, and its directory on disk; `Case`. Every we
 two, so that each format stores it without rounding, and what a loader returns is either the truth or wrong.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Self
 
 import torch
 from safetensors.torch import save
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
-    from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
 
@@ -59,47 +55,47 @@ class Draft:
 
     # --- what a case does to it ---
 
-    def without(self, *names: str) -> Draft:
+    def without(self, *names: str) -> Self:
         """The files lack these."""
         for name in names:
             del self.stored[name]
         return self
 
-    def plus(self, tensors: Mapping[str, torch.Tensor]) -> Draft:
+    def plus(self, tensors: Mapping[str, torch.Tensor]) -> Self:
         """The files have these as well."""
         self.stored.update(tensors)
         return self
 
-    def renamed(self, old: str, new: str) -> Draft:
+    def renamed(self, old: str, new: str) -> Self:
         self.stored = {name.replace(old, new): tensor for name, tensor in self.stored.items()}
         return self
 
-    def configured(self, **changes: Any) -> Draft:
+    def configured(self, **changes: Any) -> Self:
         self.config.update(changes)
         return self
 
-    def declared(self, quantization: Mapping[str, Any], **changes: Any) -> Draft:
+    def declared(self, quantization: Mapping[str, Any], **changes: Any) -> Self:
         return self.configured(quantization_config=dict(quantization) | changes)
 
-    def with_files(self, files: Mapping[str, bytes]) -> Draft:
+    def with_files(self, files: Mapping[str, bytes]) -> Self:
         self.files.update(files)
         return self
 
-    def with_json(self, name: str, content: Mapping[str, Any]) -> Draft:
+    def with_json(self, name: str, content: Mapping[str, Any]) -> Self:
         return self.with_files({name: json.dumps(content).encode()})
 
-    def as_links(self) -> Draft:
+    def as_links(self) -> Self:
         self.linked = True
         return self
 
-    def packed(self, pack: Callable[[str, torch.Tensor], Tensors], *, only: str = "_proj.weight") -> Draft:
+    def packed(self, pack: Callable[[str, torch.Tensor], Tensors], *, only: str = "_proj.weight") -> Self:
         """Every linear layer's weight gives way to what `pack` makes of its name (without `.weight`) and values."""
         for name in [name for name in self.stored if name.endswith(only)]:
             del self.stored[name]
             self.stored.update(pack(name.removesuffix(".weight"), self.truth[name]))
         return self
 
-    def sharded(self, count: int = 2, pattern: str = "model-{number:05d}-of-{count:05d}.safetensors") -> Draft:
+    def sharded(self, count: int = 2, pattern: str = "model-{number:05d}-of-{count:05d}.safetensors") -> Self:
         names = sorted(self.stored)
         self.shards = {
             pattern.format(number=number + 1, at=number, count=count): names[number::count] for number in range(count)

@@ -1,7 +1,5 @@
 """Bases that no adapter may be judged on: in each, the model in memory would not be the model in the files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

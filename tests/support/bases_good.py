@@ -1,7 +1,5 @@
 """Bases that a good adapter must pass on: what is unusual about each does not touch the model in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

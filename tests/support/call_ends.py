@@ -1,7 +1,5 @@
 """Both ends of the channels for calls, connected in one process."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

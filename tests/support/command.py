@@ -4,20 +4,16 @@ In: arguments and a directory. Out: `Answer`, or a running process. Nothing of t
 the Hub or Python reaches it.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
+from typing import Any
 
 COMMAND = (sys.executable, "-P", "-m", "merge_gate")
 SCRUBBED = re.compile(

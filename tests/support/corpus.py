@@ -5,23 +5,19 @@ says, and whether the tensors that it merged are those of the release. Run as a 
 and counts.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from merge_gate.records.terms import Verdict
 from tests.support.gating import Gate, Judgement, one_thread
 from tests.support.merged import kept
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 RELATIVE, ABSOLUTE = 1e-5, 1e-6
 """Releases add and multiply in different orders; what they mean differs by more than this."""

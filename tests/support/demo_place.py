@@ -1,7 +1,5 @@
 """A place with the demo's base and adapters, and what a test of the command does there."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -3,18 +3,14 @@
 In: the resources of nodes, and what is to go wrong. Out: what was asked for.
 """
 
-from __future__ import annotations
-
 import signal
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ray import exceptions
 
 from merge_gate.features.ray.feature import run_shard
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 TWO_WORKERS: tuple[dict[str, float], ...] = ({"CPU": 2.0},)
 

@@ -6,10 +6,10 @@ that they earn. A case is a healthy adapter of `tests.support.models`, copied an
 of merge_gate: the words are those of the contract.
 """
 
-from __future__ import annotations
-
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,10 +24,6 @@ from tests.support.models import (
     write_config,
     write_tensors,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """The tables of docs/reference/report.md: the fields of the records, as the schema has them."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Any, get_origin

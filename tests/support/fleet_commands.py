@@ -4,22 +4,16 @@ In: a directory with fleet.yml. Out: `ways`, what is to be run there. Each that 
 first.
 """
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+from merge_gate.records.report import Report
 from merge_gate.report.formats.json_report import read
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from merge_gate.records.report import Report
 
 SHARDS = 4
 FIRST = "cold"

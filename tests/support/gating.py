@@ -4,17 +4,18 @@ In: directories. Out: `Judgement`. The stages are the gate's own, called in its 
 them is left out, so that a base is loaded once per session and a judgement takes milliseconds.
 """
 
-from __future__ import annotations
-
 import math
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 import transformers
+from torch import nn
 
 from merge_gate.engine.base import accounting
+from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_files, judge_merge, measure_options
@@ -29,16 +30,8 @@ from tests.support import faults_methods, methods
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import merge_adapter, merge_combination
+from tests.support.faults_methods import Trial, Truth
 from tests.support.files.pickles import read_pickle
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from torch import nn
-
-    from merge_gate.engine.base.loaded_base import Base, ModelClass
-    from tests.support.faults_methods import Trial, Truth
 
 DEFAULT_CHECKS = tuple(
     CheckSetting(check=name, severity=default.severity, limit=default.limit) for name, default in CHECKS.items()

@@ -1,7 +1,5 @@
 """Parts of documents that are made from code or runs: held against it, and written with UPDATE_GOLDENS=1."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

@@ -8,26 +8,21 @@ X-Error-Code on errors; 401 for a repository that does not exist or may not be s
 one.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
+import pytest
 from huggingface_hub import constants
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-    from pathlib import Path
-
-    import pytest
 
 LONGEST_STALL_S = 120.0
 LFS_SUFFIXES = (".safetensors", ".bin", ".gguf", ".onnx")

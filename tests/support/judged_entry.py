@@ -1,7 +1,5 @@
 """An entry, and the report of a verdict that a run could have reached on it; no model is loaded."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import replace
 from pathlib import Path

@@ -1,18 +1,12 @@
 """A run as large as a fleet's: adapters of 32 layers and seven target modules, of every kind of outcome."""
 
-from __future__ import annotations
-
 import dataclasses
-from typing import TYPE_CHECKING
 
 from merge_gate.records.measured import TensorMerge
-from merge_gate.records.report import Coverage
+from merge_gate.records.report import AdapterReport, Coverage, Report
 from merge_gate.records.terms import Verdict
 from tests.support import reports
 from tests.support.reports import CRASH, HALF, NAN, OVERFLOW, PARAMETERS, ROUNDING, adapter, report
-
-if TYPE_CHECKING:
-    from merge_gate.records.report import AdapterReport, Report
 
 TARGETS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
            "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip

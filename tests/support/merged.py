@@ -4,18 +4,14 @@ In: a `with` block around a merge. Out: the tensors by the base's names. Nothing
 replaced: two of the engine's own functions are listened to.
 """
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from merge_gate.engine.merge import adapter_merge, merged_tensors, plan
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @contextmanager

@@ -5,14 +5,13 @@ layer, saved by `save_adapter`), and `truth`, which merges with plain PEFT and l
 May not know merge_gate: what stands here is what the gate is held against.
 """
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import peft
@@ -22,9 +21,6 @@ from peft import PeftModel, get_peft_model
 from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 WEIGHTS = "adapter_model.safetensors"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -5,25 +5,21 @@ adapters; both are recipes, and `Shelf` builds each on first use. Knows nothing 
 transformers and PEFT make of it, so that a test of the gate never agrees with the gate by construction.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
 Tensors = dict[str, torch.Tensor]
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -5,8 +5,6 @@ In: a directory. Out: a base, adapters, and runs on them, in this process or in 
     python -m tests.support.played_merges PLACE TARGET [OPTION...]
 """
 
-from __future__ import annotations
-
 import json
 import math
 import random
@@ -15,11 +13,12 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 from merge_gate._internal.errors import GateError
 from merge_gate.cli.dispatch import main
+from merge_gate.features.publish.feature import Publications
 from merge_gate.files import resolve
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import StoredTensor
@@ -29,9 +28,6 @@ from merge_gate.worker.device import cpu_name
 from merge_gate.worker.protocol import Event, Group, Job
 from tests.support.judging.cases import base as base_facts
 from tests.support.judging.cases import evidence
-
-if TYPE_CHECKING:
-    from merge_gate.features.publish.feature import Publications
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}
 NAMES = [f"layers.{layer}.q.weight" for layer in range(4)]

@@ -3,18 +3,13 @@
 In: a view and the report that the run ends with. Out: what the view does with the events.
 """
 
-from __future__ import annotations
-
 import contextlib
-from typing import TYPE_CHECKING
 
 from merge_gate.records.measured import BaseFacts
+from merge_gate.records.report import Report
 from merge_gate.records.terms import Quantization
+from merge_gate.run.view import View
 from tests.support.reports import FAIL, PARAMETERS
-
-if TYPE_CHECKING:
-    from merge_gate.records.report import Report
-    from merge_gate.run.view import View
 
 FACTS = BaseFacts(
     model="./models/base", revision=None, dtype="bfloat16", quantization=Quantization.NONE, parameters=PARAMETERS

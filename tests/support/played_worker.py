@@ -4,8 +4,6 @@ In: `played_workers`, a block in which every worker is played, and `plan`, which
 come in the order of the real worker's. `other_workers` is a block of workers with another program.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """How many examples a property is tried with: few in `make test`, all of them in `make sweeps`."""
 
-from __future__ import annotations
-
 from hypothesis import settings
 
 FAST_EXAMPLES = 25

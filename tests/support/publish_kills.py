@@ -3,8 +3,6 @@
 In: a directory with a base and adapters. Out: whether everything in the target is whole.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

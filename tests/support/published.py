@@ -1,7 +1,5 @@
 """A published directory without a merge: a few small files, and a merge-gate.json that lists them."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Callable

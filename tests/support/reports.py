@@ -1,7 +1,5 @@
 """Reports to render: one of each kind, and a strategy for hostile ones."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

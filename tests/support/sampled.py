@@ -1,7 +1,5 @@
 """Parameters of which `make test` tries a sample, and `make sweeps` the others."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterable
 from typing import Any
 

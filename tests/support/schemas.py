@@ -3,8 +3,6 @@
 `make schemas` writes the files, and `merge-gate schema` prints them.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

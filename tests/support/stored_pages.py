@@ -1,7 +1,5 @@
 """What the package stores of the pages of kinds, which `merge-gate explain` prints."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 

@@ -3,8 +3,6 @@
 In: what checks one type in a directory. Out: a result for each type, and a block of docs/evidence/truth.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import multiprocessing
 import sys

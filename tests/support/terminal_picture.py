@@ -3,8 +3,6 @@
 In: what a command printed, with its colors. Out: the SVG, which loads no font and no other file.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from xml.etree import ElementTree as ET

@@ -1,15 +1,10 @@
 """Marks for a table of attempts: one row of `make attempts` for each case of a parametrized test."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from string import ascii_lowercase
-from typing import TYPE_CHECKING
 
 import pytest
-
-if TYPE_CHECKING:
-    from _pytest.mark import ParameterSet
+from _pytest.mark import ParameterSet
 
 
 def tried(prefix: str, what: str, expected: str, cases: Mapping[str, object] | Sequence[str]) -> list[ParameterSet]:

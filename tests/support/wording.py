@@ -5,8 +5,6 @@ is changed on purpose costs no edit of a test: run the module with UPDATE_GOLDEN
 of a module write one file), and look at the difference.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

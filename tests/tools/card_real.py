@@ -11,8 +11,6 @@
 `--simulated` runs it on the simulated card, to test this program. The table says that no real card was used.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

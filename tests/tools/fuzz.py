@@ -8,8 +8,6 @@ its fix it moves into `tests/fuzz/corpus/TARGET/`, which `make test` reads. `--p
 at coverage; so it is done where there is no atheris (it has wheels for Linux on x86-64, Python 3.11 to 3.14).
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

@@ -12,8 +12,6 @@ between a millisecond and the length of a whole run. After each kill it holds:
 4. After all kills, an undisturbed run gives every verdict, and no directory of a worker is left.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -8,8 +8,6 @@ SIGINT at a random moment of its life, looks whether the token shows in what the
 next launcher run to its end, and counts the containers of this script that are left.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import contextlib

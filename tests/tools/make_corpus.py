@@ -7,8 +7,6 @@ that is searched before this environment, with the transformers of its time; tor
 minute per release. What tests/corpus/adapters holds is a part of it, copied by hand.
 """
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -12,8 +12,6 @@
 6. Print the functions of which a larger share survives than in mutants.json. With --record, replace its figures.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib

@@ -5,8 +5,6 @@
 It is an editor's aid: it prints what it finds, and fails nothing. The rules are in `prose_rules.toml`.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -7,8 +7,6 @@ played, and the parent is real. After each kill, every file of every published d
 after all kills an undisturbed run must publish every model and leave nothing else.
 """
 
-from __future__ import annotations
-
 import argparse
 import datetime as dt
 import random

@@ -4,12 +4,10 @@ Each type is saved as a tiny random model. Every second weight gets other values
 transformers' reverse conversion. `from_pretrained` of the result must give exactly these values, and no others.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 import sys
 import textwrap
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
 import torch
 import transformers
@@ -17,9 +15,6 @@ import transformers
 from tests.support.engine import publish_layouts
 from tests.support.engine.publish_layouts import Checked
 from tests.support.sweeps import sweep, table, write
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 def document(found: list[Checked]) -> str:

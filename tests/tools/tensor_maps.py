@@ -4,8 +4,6 @@ Each type is saved as a tiny random model. Its map is recorded on headers alone 
 must give every parameter that `from_pretrained` gives, bit for bit. So must its skeleton, in two dtypes.
 """
 
-from __future__ import annotations
-
 import datetime as dt
 import sys
 import textwrap

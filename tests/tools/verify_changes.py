@@ -5,8 +5,6 @@
 Each example changes one key of a JSON file, one byte, or adds one file. It exits with 1 if any change passes.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import tempfile

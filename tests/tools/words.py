@@ -6,8 +6,6 @@ A word has a letter or a digit. Generated tables do not count: the rows that a t
 mark such as `<!-- checks (make schemas writes this table) -->` and its end.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

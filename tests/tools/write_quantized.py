@@ -8,8 +8,6 @@ has the tool, and the settings of config.json. The files of tests/features/quant
 and its release, into which llm-compressor has moved scales.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Callable, Iterator

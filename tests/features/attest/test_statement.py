@@ -1,7 +1,5 @@
 """In-toto statements about published directories and reports: what they say, and what is not attested."""
 
-from __future__ import annotations
-
 import base64
 import json
 import re

@@ -1,7 +1,5 @@
 """Verdicts that are kept, by the real command: cold, warm, changed, and after kill -9: one report except for marks."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 import json

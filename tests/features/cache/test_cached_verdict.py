@@ -1,7 +1,5 @@
 """A stored verdict comes back as it was, and only for the entry that it is about."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A verdict that one run stores is a hit for another one, as long as base, adapter, secret, and device are the same."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """A pin of a base counts more than what the cache knows of the base. The worker is played."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

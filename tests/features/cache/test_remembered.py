@@ -1,7 +1,5 @@
 """What earlier runs found out holds for the same machine, files, bytes, code, and dtype, and for nothing else."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

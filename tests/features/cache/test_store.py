@@ -1,7 +1,5 @@
 """The cache directory attacked: what is not whole and not ours is not there."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`merge-gate export`: what it writes, what it refuses, and that nothing is lost or left behind."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

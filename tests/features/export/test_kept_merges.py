@@ -1,7 +1,5 @@
 """Merges that the worker writes are kept as long as the disk has room, and are compared value by value."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Mapping

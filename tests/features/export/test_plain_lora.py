@@ -1,7 +1,5 @@
 """A plain LoRA merges as its adapter does, by PEFT itself, whatever ranks, scales, patterns, and dtypes it had."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Models that clamp, in float16, what a layer returns: judged by their outputs, next to those in float32."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

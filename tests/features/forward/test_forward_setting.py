@@ -1,7 +1,5 @@
 """`forward` in a configuration and `--forward`, as whole commands. The worker is played."""
 
-from __future__ import annotations
-
 import functools
 import json
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """When `forward: auto` leaves the model out in bfloat16 and float32, and that it misses nothing that a run finds."""
 
-from __future__ import annotations
-
 import functools
 import random
 import shutil

@@ -1,7 +1,5 @@
 """Bases whose configuration or code breaks a forward pass, through the real command: only the measurement is lost."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Models that run together: the bits of a run alone, and each tensor filled once."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator

@@ -1,7 +1,5 @@
 """How much of an adapter's effect rounding changes: as plain PEFT computes it, and what is not measured."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from pathlib import Path

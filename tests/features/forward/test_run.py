@@ -1,7 +1,5 @@
 """Runs of a base and its adapters: activations that leave the dtype, whose fault they are, and what does not run."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """A directory to publish in, for runs with a played worker."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

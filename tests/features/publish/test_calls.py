@@ -1,7 +1,5 @@
 """The worker gets the files of a model, and what it writes and reports arrives; other calls end the service."""
 
-from __future__ import annotations
-
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

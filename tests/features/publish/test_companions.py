@@ -1,7 +1,5 @@
 """The files next to the weights: which are published, whose copy, and what is changed in config.json."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import json

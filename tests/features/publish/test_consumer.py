@@ -1,7 +1,5 @@
 """What is written for publishing makes the model that PEFT's own merge makes, tensor by tensor and bit by bit."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """merge-gate.json: written, read back strictly, and compared with the files; and the model card made of it."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import replace

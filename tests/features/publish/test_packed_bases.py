@@ -1,7 +1,5 @@
 """Bases that bitsandbytes has packed in their files: the plain headers of the published model, and its tensors."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A partial directory: whole under its name, or gone; locked while it is written; foreign ones stay."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import json

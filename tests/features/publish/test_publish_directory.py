@@ -1,7 +1,5 @@
 """The directory that models are published to: what it may be, what may be in it, and what is never replaced."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

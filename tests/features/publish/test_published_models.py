@@ -3,8 +3,6 @@
 PEFT unties an embedding and a head, and classifiers bring a head: what it saves is published, and `verify` accepts it.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil
@@ -155,7 +153,7 @@ def test_two_tensors_that_config_json_ties_are_an_error(added: Path, shelf: Shel
     assert (report.verdict, report.cause) == (Verdict.FAILED, "tied")
 
 
-def test_notes_name_the_rows_that_an_adapter_needs_and_an_unused_head(added: Path) -> None:
+def test_notes_name_rows_that_an_adapter_needs_and_an_unused_head(added: Path) -> None:
     report = json.loads((added / "merge-gate-report" / "report.json").read_text())
     hints = {one["name"]: [note["hint"] for note in one["findings"]] for one in report["adapters"]}
     (hint,) = hints.pop("more-rows")

@@ -1,7 +1,5 @@
 """Whole runs that publish, with a played worker: what is in the directory, and when there is none."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

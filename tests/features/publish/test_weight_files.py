@@ -4,8 +4,6 @@ The layout has the base's own bytes where nothing changes, and true headers and 
 every tensor, and passes nothing that the disk has otherwise.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -3,8 +3,6 @@
 The clusters are real, of two workers on this machine. tests/features/ray/test_run_on_ray.py has the rest without one.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -3,8 +3,6 @@
 tests/features/ray/test_ray.py has real clusters.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

@@ -3,8 +3,6 @@
 tests/features/ray/test_ray.py has real clusters.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Reports of shards → one: what belongs together, what does not, and that nothing incomplete ever passes."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The cut of a plan: complete, disjoint, the same whatever the order; bases stay together; the even share holds."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

@@ -1,7 +1,5 @@
 """A fleet in shards, by the real command: the combination is one machine's report but for times."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

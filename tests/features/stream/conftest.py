@@ -1,7 +1,5 @@
 """What tests of streams share: a Hub on the loopback interface, and pieces that are small."""
 
-from __future__ import annotations
-
 import mmap
 import time
 from collections.abc import Iterator

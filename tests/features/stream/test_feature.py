@@ -1,7 +1,5 @@
 """When a verdict on a streamed base counts, what a run removes, and which adapters are merged in one pass."""
 
-from __future__ import annotations
-
 import hashlib
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reads of a fed base have the bytes of its files, and a worker that is not the gate's gets no others."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import mmap

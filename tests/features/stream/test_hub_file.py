@@ -1,7 +1,5 @@
 """Ranges of a file on a Hub on the loopback interface, spoken to by the real huggingface_hub, with faults."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

@@ -1,7 +1,5 @@
 """A base that is loaded into memory from a feed is the base that transformers loads from its files."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

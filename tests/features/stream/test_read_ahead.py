@@ -1,7 +1,5 @@
 """Bytes come in order and whole, through few slots, and those that are read again are the same as before."""
 
-from __future__ import annotations
-
 import hashlib
 import mmap
 import os

@@ -1,7 +1,5 @@
 """A base on the Hub is laid out without its data: true headers, true lengths, and its small files."""
 
-from __future__ import annotations
-
 import json
 import random
 import resource

@@ -1,7 +1,5 @@
 """What the tests of comparisons share: merges of adapters, and the gate that compares them."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

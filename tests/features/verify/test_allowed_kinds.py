@@ -1,7 +1,5 @@
 """`--allow KIND` allows that kind and nothing else: another fault next to it is still an error."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

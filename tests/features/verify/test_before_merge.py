@@ -1,7 +1,5 @@
 """What the files alone say: exchanged arguments, other architectures, quantized models, and models that do not load."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Every file of a finished directory is accounted for: what differs is named, and what exporters do is not."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

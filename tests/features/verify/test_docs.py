@@ -1,7 +1,5 @@
 """docs/guides/verify.md lists every kind of answer."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path

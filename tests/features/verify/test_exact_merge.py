@@ -1,7 +1,5 @@
 """Orders of rounding: every honest one explains itself, and no change of a unit in the last place passes as one."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import math

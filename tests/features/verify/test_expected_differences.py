@@ -1,7 +1,5 @@
 """Each row of the table of expected differences expects what it says, and not another value of the same key."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The comparison of tensors: the same facts for a base that is read in a pass, and figures that are true."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

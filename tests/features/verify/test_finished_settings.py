@@ -1,7 +1,5 @@
 """Tokenizers, templates, and processors: whose files are expected, what they load, and what takes too long."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Each right merge is named right, and each wrong one by what is wrong with it, and no random change is green."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

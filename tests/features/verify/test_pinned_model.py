@@ -1,7 +1,5 @@
 """A finished model that is written to or replaced while it is verified: no answer is about other bytes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """The report of `merge-gate verify` in each format: it speaks of a model, and not of broken adapters."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What the findings on values name and advise."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`merge-gate verify` as a user runs it: whole processes."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`merge-gate verify` without a merge: what it refuses, where its report goes, and its own record."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Callable

@@ -3,8 +3,6 @@
 In: the body of a request. Out: what Docker would refuse, or ignore in silence.
 """
 
-from __future__ import annotations
-
 import json
 from functools import cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a step gets and leaves: its inputs, and a report.json as a container leaves it."""
 
-from __future__ import annotations
-
 import json
 
 

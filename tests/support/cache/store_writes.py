@@ -1,7 +1,5 @@
 """A process that writes to a store until it is killed."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time

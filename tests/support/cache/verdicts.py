@@ -1,7 +1,5 @@
 """A cached verdict on an entry, and what its key is made of; no model is loaded."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from merge_gate.features.cache.cached_verdict import CachedVerdict

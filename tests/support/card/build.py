@@ -4,8 +4,6 @@ In: the C++ files of this folder, and the system's compiler. Out: a library in b
 changes, and the variables for a subprocess. The variables reach the gate's worker as they are.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -7,8 +7,6 @@ check that passed. tests/card/test_simulation.py starts it once.
 2. What no merge of the fleets would show: random numbers, TF32, memory. `check`
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import warnings

@@ -4,8 +4,6 @@ In: reports as JSON, and directories. Out: `Difference`s. Times are not compared
 except for the last digits of figures, and for what comes from a convolution: a card computes it by another algorithm.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Iterator, Mapping

@@ -10,8 +10,6 @@ are those of the CPU's own tests.
 5. Every stored format of a base.                                  `bases`
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import itertools

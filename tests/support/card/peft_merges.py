@@ -4,8 +4,6 @@ In: a configuration, the directory of its published models, and a device. Out: J
 whose bits are not PEFT's. A tensor of an adapter with indices may also have the bits of PEFT's merge on the CPU.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import tempfile

@@ -1,7 +1,5 @@
 """What the engine places on a card, seen from inside of a process that has one; test_simulation.py reads it."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

@@ -3,8 +3,6 @@
 In: a fleet and where it is written. Out: `Outcome`, with all that differs.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,8 +1,6 @@
 # ruff: noqa: E501 (a configuration is easier to read in one line)
 """Configurations with a mistake each, and the parts that they are made of. The messages: tests/config/messages.txt."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 ROOT = Path(__file__).parents[3]

@@ -1,7 +1,5 @@
 """Runs a workflow with act on this machine, offline, and returns what it did as values."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import io

@@ -3,23 +3,19 @@
 In: directories for what they write. Out: an engine that runs, and the containers as the toolkit sees them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tests.support.e2e.act import TAG
 from tests.support.e2e.engines import answering
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 UUIDS = ("GPU-fef8089b-4820-abfc-e83e-94318197576e", "GPU-0a53c6ce-5b0b-1b6e-9a1c-0d2c0c8e2b11")
 

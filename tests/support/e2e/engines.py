@@ -1,24 +1,19 @@
 """Container engines as the end-to-end tests need them: started, asked, and used by another user."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import docker
 
 from merge_gate.action.docker import docker_api
 from merge_gate.action.docker.docker_api import Address, unreachable
 from merge_gate.action.docker.leftovers import LABEL
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 PATIENCE_S = 120
 """How long something that has to happen may take on a busy machine; what never happens is found out after it."""

@@ -5,8 +5,6 @@ With `fails`, the server fails after it has given out so many bytes of weights: 
 on. Run as a script it is the server. Needs libfuse3 and fusermount3 (Debian's fuse3) and mfusepy.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import errno
@@ -14,11 +12,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
+from typing import Any
 
 WEIGHTS = ".safetensors"
 FAILURES = ("dies", "hangs", "eio")

@@ -3,8 +3,6 @@
 In: pull requests and artifacts. Out: `comments`, and every request. It speaks TLS, since gh speaks nothing else.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json
@@ -13,14 +11,12 @@ import ssl
 import subprocess
 import threading
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 BOT = "github-actions[bot]"
 

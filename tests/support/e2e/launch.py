@@ -1,7 +1,5 @@
 """A launcher in a process of its own, with a token to look for."""
 
-from __future__ import annotations
-
 TOKEN = "hf_aTokenThatNobodyFindsInWhatIsLeft"
 LAUNCH = """
 import os, sys

@@ -3,17 +3,12 @@
 In: sizes. Out: context managers, with the command that enters the cgroup, and the directory of the disk.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 _ROOT = Path("/sys/fs/cgroup")
 IS_V1 = (_ROOT / "memory").is_dir()

@@ -1,22 +1,18 @@
 """Ways to a server that a test can slow down, break, wrap in TLS, or lead through a company's proxy."""
 
-from __future__ import annotations
-
 import base64
 import contextlib
 import socket
 import socketserver
 import ssl
 import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 from urllib.parse import urlsplit
 
 from tests.support.e2e.act import free_port
 from tests.support.hub import LoopbackHub, files_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
 
 HUB_NAME = "hub.company.invalid"
 PASSWORD = "onlyTheProxyMayKnow77"
@@ -84,22 +80,6 @@ def pump(source: socket.socket, target: socket.socket, hook: Callable[[bytes], N
             end.shutdown(socket.SHUT_WR)
 
 
-@contextlib.contextmanager
-def company(
-    certificates: Path, folders: Mapping[str, Path], token: str | None = None
-) -> Iterator[tuple[LoopbackHub, CompanyProxy]]:
-    """A Hub that speaks HTTPS and is reached through a proxy only. With a token, its repositories are private."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificates / "server.pem", certificates / "server-key.pem")
-    port = free_port()
-    with LoopbackHub() as hub, proxy(int(urlsplit(hub.url).port or 0), port, tls=context):
-        hub.cdn_url = f"https://cdn.{HUB_NAME}"
-        for name, folder in folders.items():
-            hub.add_repo(name, files_of(folder), private=token is not None, token=token)
-        with CompanyProxy(HUB_NAME, port) as way_out:
-            yield hub, way_out
-
-
 class CompanyProxy(socketserver.ThreadingTCPServer):
     """The only way out of a network: `CONNECT` to one name and its subdomains, which lie at a port of this machine.
 
@@ -139,3 +119,19 @@ class _Connect(socketserver.StreamRequestHandler):
             return
         self.wfile.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
         join(self.connection, self.server.upstream, lambda _data: None)
+
+
+@contextlib.contextmanager
+def company(
+    certificates: Path, folders: Mapping[str, Path], token: str | None = None
+) -> Iterator[tuple[LoopbackHub, CompanyProxy]]:
+    """A Hub that speaks HTTPS and is reached through a proxy only. With a token, its repositories are private."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificates / "server.pem", certificates / "server-key.pem")
+    port = free_port()
+    with LoopbackHub() as hub, proxy(int(urlsplit(hub.url).port or 0), port, tls=context):
+        hub.cdn_url = f"https://cdn.{HUB_NAME}"
+        for name, folder in folders.items():
+            hub.add_repo(name, files_of(folder), private=token is not None, token=token)
+        with CompanyProxy(HUB_NAME, port) as way_out:
+            yield hub, way_out

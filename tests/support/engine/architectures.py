@@ -8,8 +8,6 @@ smaller by its name (`_shrunk`), in ways that grow milder until a model can be b
 numbers need to fit a constructor only.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """What the gate reads of a base before a worker gets it (files/base_files.py)."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Real PEFT layers with pseudo-random contents, and the two merges of them: PEFT's, and the one in blocks."""
 
-from __future__ import annotations
-
 import contextlib
 import warnings
 from collections.abc import Iterator

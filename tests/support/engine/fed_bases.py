@@ -1,7 +1,5 @@
 """What a skeleton is made of (engine/base/skeleton.py): the source of a base, and a feed that counts its reads."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any

@@ -4,26 +4,22 @@ In: a model type. Out: `Outcome`. The gate makes the inputs and the lockstep; tr
 held against.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from merge_gate.engine.base.made_up_inputs import Inputs, candidates
 from merge_gate.engine.tensors import module_copies
+from merge_gate.features.forward.lockstep import ModelRun
 from tests.support.engine import architectures
 from tests.support.methods import quiet, same_tensor
-
-if TYPE_CHECKING:
-    from merge_gate.features.forward.lockstep import ModelRun
 
 MOST_CPU_S = 4
 """No further configuration is tried after that."""

@@ -1,7 +1,5 @@
 """A job for a worker, and what it answers, in this process: it does not confine itself."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

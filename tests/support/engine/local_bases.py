@@ -1,7 +1,5 @@
 """A base on a local disk, loaded as the worker loads it (worker/group_bases.py), or by `from_pretrained`."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from pathlib import Path

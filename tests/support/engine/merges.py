@@ -1,7 +1,5 @@
 """Merges one adapter, or one combination, as the worker does with a request."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

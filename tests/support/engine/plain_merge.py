@@ -1,7 +1,5 @@
 """What plain PEFT makes of an adapter: the merged tensors, and what the merged model computes."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from pathlib import Path

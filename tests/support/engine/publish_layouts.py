@@ -6,8 +6,6 @@ through transformers' reverse conversion. `from_pretrained` of the result must g
 the base for all other tensors.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path

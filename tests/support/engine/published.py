@@ -3,15 +3,13 @@
 In: a base's directory, and what a `PublicationConsumer` writes. Out: a directory that transformers loads.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -49,7 +47,7 @@ class Sent:
     refusal: NotJudged | None = None
     evidence: Evidence | None = None
 
-    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> Sent:
+    def plan(self, task: int, tensors: Sequence[StoredTensor]) -> Self:
         assert task == 0
         self.planned = tuple(tensors)
         self.data.clear()

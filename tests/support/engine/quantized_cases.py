@@ -1,7 +1,5 @@
 """Adapters on bases that bitsandbytes quantized, and what plain PEFT makes of each."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

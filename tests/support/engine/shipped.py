@@ -4,8 +4,6 @@ In: a directory to write to, and the tiny bases. Out: `SHIPPED`, one row for eac
 What PEFT makes of a row is `merge_plainly`; knows nothing of the gate.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import warnings

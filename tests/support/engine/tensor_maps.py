@@ -5,8 +5,6 @@ In: a model type. Out: `Checked`. The map is right if filling it with the stored
 (engine/base/skeleton.py) has to give every tensor of the model, in the stored dtype and in another one.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """PEFT's own merges, made wrong in fifteen ways, in every call or only in the one that ships."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -1,18 +1,13 @@
 """The files of a sound adapter, whole or changed."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from merge_gate.files.preflight import preflight
+from merge_gate.records.files import AdapterFiles
 from merge_gate.records.terms import Severity
 from tests.support.files.pickles import read_pickle
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.records.files import AdapterFiles
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 CONFIG = {

@@ -3,17 +3,13 @@
 In: what a base should hold. Out: its files. Values are one byte repeated: only names and shapes matter.
 """
 
-from __future__ import annotations
-
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from merge_gate.files.headers import DTYPE_BITS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 LAYER = "model.layers.0.mlp.up_proj"

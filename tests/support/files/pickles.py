@@ -1,15 +1,11 @@
 """Pickled weights, a pickle that calls a function, and the reader of pickles in this process."""
 
-from __future__ import annotations
-
 import io
 import zipfile
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged, Refusal
-
-if TYPE_CHECKING:
-    from merge_gate.records.files import StoredTensor
 
 
 def packed(pickled: bytes) -> bytes:

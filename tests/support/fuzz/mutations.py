@@ -4,8 +4,6 @@ In: bytes, and dice. Out: other bytes. Half of the changes are made in the tree 
 JSON; YAML takes it as it is), the others by whatever changes single bytes.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable

@@ -5,8 +5,6 @@ file, and raises anything else: what the parser did not expect, or an assertion 
 figures that every input is held to.
 """
 
-from __future__ import annotations
-
 import atexit
 import contextlib
 import json

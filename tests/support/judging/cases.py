@@ -1,7 +1,5 @@
 """What a check is given, and what the tests of several checks do with it."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Configurations as releases of PEFT wrote them."""
 
-from __future__ import annotations
-
 from merge_gate.records.files import StoredTensor
 
 ALWAYS = {"base_model_name_or_path": "acme/base", "inference_mode": True, "task_type": None}

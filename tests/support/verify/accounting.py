@@ -3,8 +3,6 @@
 In: directories. Out: findings. The worker's part runs in this process.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Changes of a finished directory: each is a function of it. Knows nothing of merge_gate."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

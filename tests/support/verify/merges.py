@@ -4,8 +4,6 @@ In: a `Scene`, which makes each base, adapter, and merge once. Out: `RIGHT` and 
 directory. It does not know merge_gate: the names are facts about how a directory was made.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
@@ -166,22 +164,6 @@ def _with_buffers(name: str, variant: str, buffers: Tensors) -> Callable[[Scene]
     return lambda scene: scene.once(f"base of {name}", lambda out: make(scene, out))
 
 
-def _of_buffers(name: str, kind: str, variant: str, buffers: Tensors, carried: Tensors | None = None) -> Recipe:
-    """PEFT's merge into such a base, with these tensors added to what transformers saves."""
-    base = _with_buffers(name, variant, buffers)
-
-    def make(scene: Scene, out: Path) -> None:
-        peft_merge(base(scene), scene.adapter(variant), out)
-        saved = weights_of(out)
-        assert saved.keys().isdisjoint(buffers)
-        write_weights(out, saved | (carried or {}))
-
-    return Recipe(name, kind, make, variant, base=base)
-
-
-# --- recipes ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Recipe:
     """A finished directory: `kind` names what it is, `also` the other findings.
@@ -206,6 +188,22 @@ class Recipe:
 
     def __str__(self) -> str:
         return self.name
+
+
+def _of_buffers(name: str, kind: str, variant: str, buffers: Tensors, carried: Tensors | None = None) -> Recipe:
+    """PEFT's merge into such a base, with these tensors added to what transformers saves."""
+    base = _with_buffers(name, variant, buffers)
+
+    def make(scene: Scene, out: Path) -> None:
+        peft_merge(base(scene), scene.adapter(variant), out)
+        saved = weights_of(out)
+        assert saved.keys().isdisjoint(buffers)
+        write_weights(out, saved | (carried or {}))
+
+    return Recipe(name, kind, make, variant, base=base)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
 
 
 def _merged(variant: str, **how: Any) -> Callable[[Scene, Path], None]:

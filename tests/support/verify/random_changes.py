@@ -5,8 +5,6 @@ still has the same meaning by a rule that is written down: a row of the expected
 or a file that no loader reads.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

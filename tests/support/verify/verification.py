@@ -3,8 +3,6 @@
 In: directories. Out: the report's entry on the finished one.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from merge_gate._internal.errors import ResolveError

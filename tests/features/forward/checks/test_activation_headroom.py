@@ -1,7 +1,5 @@
 """When activation-headroom fires, and what it says: its messages are in activation-headroom.txt."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """When activation-nonfinite fires, and what it says: its messages are in activation-nonfinite.txt."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from merge_gate.records.measured import Evidence, Forward
