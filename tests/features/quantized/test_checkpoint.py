@@ -19,7 +19,7 @@ from tests.support.quantized.checkpoints import WRITTEN, Tensors, opened, writte
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 64]}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+GPTQ = {"quant_method": "gptq", "bits": 8, "group_size": 32}
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -185,6 +185,65 @@ def parts_of_gptq(**changed: torch.Tensor | None) -> Tensors:
 def test_parts_that_do_not_fit_are_refused(changed: dict[str, Any], words: str, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=words):
         opened(tmp_path, parts_of_gptq(**changed), {"layer.weight": random(32, 64)}, GPTQ)
+
+
+def of_groups(**weights: Any) -> dict[str, Any]:
+    """Settings of compressed-tensors, whose activations have other ones."""
+    group = {"weights": weights, "input_activations": {"num_bits": 16, "symmetric": False}}
+    return {**COMPRESSED, "config_groups": {"group_0": group}}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("gptq-8", GPTQ | {"bits": 4}, "has 8 bits, and config.json declares 4 bits"),
+        ("gptq-8", GPTQ | {"group_size": 64}, "declares 8 bits, and groups of 64 columns"),
+        ("gptq-8", GPTQ | {"group_size": -1}, "groups of all columns"),
+        ("gptq-8", GPTQ | {"sym": True}, "declares symmetric codes"),
+        ("gptq-4-ordered", GPTQ | {"bits": 4, "desc_act": False}, "g_idx"),
+        ("awq-4", {"quant_method": "awq", "w_bit": 8}, "has 4 bits"),
+        ("awq-4", {"quant_method": "awq", "q_group_size": 64}, "groups of 64"),
+        ("awq-4", {"quant_method": "awq", "zero_point": False}, "declares symmetric codes"),
+        ("mlx-4", {"bits": 3, "group_size": 32}, "has 4 bits"),
+        ("mlx-4", {"bits": 4, "group_size": 64}, "groups of 64"),
+        ("pack-quantized-4", of_groups(num_bits=8), "has 4 bits"),
+        ("pack-quantized-4", of_groups(num_bits=4, strategy="channel"), "groups of all columns"),
+        ("pack-quantized-4", of_groups(num_bits=4, symmetric=False), "no weight_zero_point"),
+        ("pack-quantized-4-zeros", of_groups(num_bits=4, symmetric=True), "declares symmetric codes"),
+        ("float-quantized-block", {"quant_method": "fp8", "weight_block_size": [64, 64]}, "groups of 64"),
+    ],
+)
+def test_settings_that_contradict_the_weights_are_refused(
+    name: str, settings: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    parts, expected, _ = written(name)
+    with pytest.raises(EngineError, match=words):
+        opened(tmp_path, parts, {"layer.weight": expected}, settings).read("layer.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("gptq-8", GPTQ | {"bits": 4, "dynamic": {"+:layer": {"bits": 8}}}),
+        ("gptq-4-ordered", GPTQ | {"bits": 4, "desc_act": True, "sym": False}),
+        ("mlx-4", {"bits": 6, "group_size": 64, "layer": {"bits": 4, "group_size": 32}}),
+        ("pack-quantized-4", of_groups(num_bits=4, group_size=32, symmetric=True, actorder="static")),
+        ("float-quantized-block", {"quant_method": "fp8", "weight_block_size": [16, 32]}),
+        ("float-quantized-tensor", {"quant_method": "fp8"}),
+    ],
+)
+def test_settings_of_some_weights_may_differ(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    parts, expected, _ = written(name)
+    release = opened(tmp_path, parts, {"layer.weight": expected}, settings)
+    assert torch.allclose(release.read("layer.weight"), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_tensors_that_the_base_does_not_have_are_named(tmp_path: Path) -> None:
+    parts, expected, settings = written("gptq-8")
+    more = {"layer.bias": torch.ones(32), "other.bias": torch.zeros(32), "self_attn.k_scale": torch.ones(())}
+    base = {"layer.weight": expected, "other.weight": expected.clone()}
+    release = opened(tmp_path, {**parts, "other.weight": expected.clone(), **more}, base, settings)
+    assert release.added == ("layer.bias",)
 
 
 def test_groups_beyond_the_scales_are_refused(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
 
@@ -19,107 +18,64 @@ from merge_gate._internal.errors import EngineError
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.features.quantized.folds import ROWS, Folds
-from merge_gate.features.quantized.layouts import LAYOUTS, Grid, Layout, LayoutError, Weight
+from merge_gate.features.quantized.layouts import LAYOUTS, Declared, Grid, Layout, LayoutError, Weight
+from merge_gate.features.quantized.quantization_settings import read_settings
 from merge_gate.features.verify.finished_model import Files
 from merge_gate.files.base_formats import KNOWN_NAMES
 from merge_gate.files.headers import DTYPE_BITS, shown
-from merge_gate.files.json_object import read_as_transformers
 from merge_gate.records.files import StoredTensor
 
 MOST = 0.5
 """A release has the scales of the base if this share of them is the same."""
 
 PLAIN = ("F16", "BF16", "F32", "F64")
-UNREAD = ("bias", "input_scale", "input_scale_ub", "input_zero_point", "output_scale", "k_scale", "v_scale")
-"""Parts that the values of a weight do not need: scales of activations, and a bias that the base lacks."""
+UNREAD = {"input_scale", "input_scale_ub", "input_zero_point", "activation_scale", "output_scale", "k_scale", "v_scale",
+          "q_scale", "inv_freq"}  # fmt: skip
+"""Parts that the values of a weight do not need: scales of activations, and frequencies, which are computed."""
 
 _SCALES = ("scales", "weight_scale", "weight_scale_inv", "SCB", "weight.absmax")
-_PACKED = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense", None}
 _HINT = "verify a GGUF, AWQ (gemm), bitsandbytes, compressed-tensors, FP8, GPTQ, or MLX (affine) release of this merge"
 
 
-def open_checkpoint(files: Files, base: Files, label: str) -> Checkpoint:
-    """Open a release.
+def open_checkpoint(
+    files: Files, base: Files, label: str, aliases: Mapping[str, str] = MappingProxyType({})
+) -> Checkpoint:
+    """Open a release. `aliases` are further names of tied tensors, with those that the base stores.
 
     Raises:
         EngineError: it cannot be read. The message names the format or the tensor.
         ValueError, OSError: as `stored_bytes`.
     """
-    config = read_as_transformers(Path(files.directory, "config.json")) or {}
-    text = config.get("text_config")
-    parts = [config, text if isinstance(text, dict) else {}]
-    keys = ("quantization_config", "compression_config", "quantization")
-    settings: dict[str, Any] = next(
-        (part[key] for part in parts for key in keys if isinstance(part.get(key), dict)), {}
-    )
+    stored = {tensor.name: tensor for tensor in base.stored}
+    stored = {alias: stored[first] for alias, first in aliases.items() if first in stored} | stored
     try:
-        return Checkpoint(files, base, _method(settings), _block(settings), _head_size(parts))
+        return Checkpoint(files, base, stored, *read_settings(files.directory))
     except LayoutError as error:
         raise EngineError(f"the release {shown(label)} {error}", hint=_HINT) from error
-
-
-def _head_size(configs: Sequence[Mapping[str, Any]]) -> int:
-    """The number of columns of an attention head; 1 if it is not known."""
-    for config in configs:
-        hidden, heads = config.get("hidden_size"), config.get("num_attention_heads")
-        if type(hidden) is int and type(heads) is int and heads > 0:
-            own = config.get("head_dim")
-            return own if type(own) is int and own > 0 else max(1, hidden // heads)
-    return 1
-
-
-def _method(settings: Mapping[str, Any]) -> str:
-    """The key of `LAYOUTS` for these settings of a quantization."""
-    formats = [str(part["format"]) for part in (settings, *_dicts(settings, "config_groups")) if part.get("format")]
-    method = str(settings.get("quant_method") or ("mlx" if {"bits", "group_size"} <= settings.keys() else ""))
-    if settings.get("load_in_4bit") or settings.get("load_in_8bit"):
-        method = "bitsandbytes"
-    version = str(settings.get("checkpoint_format") or "gptq")
-    other = {
-        "gptq": {version} - {"gptq", "gptq_v2"},
-        "awq": {str(settings.get("version") or "gemm").lower()} - {"gemm"},
-        "compressed-tensors": {*formats} - _PACKED,
-        "mlx": {str(settings.get("mode") or "affine")} - {"affine"},
-    }.get(method, set())
-    if settings.get("transform_config"):
-        raise LayoutError("has rotated weights (transform_config in config.json), and cannot be compared with a merge")
-    if not method:
-        raise LayoutError("has no quantization_config in config.json: nothing says how its weights are stored")
-    if other or method not in LAYOUTS:
-        name = ": ".join((KNOWN_NAMES.get(method, shown(method)), *map(shown, sorted(other))))
-        raise LayoutError(f"is stored in a format that cannot be read ({name})")
-    return version if method == "gptq" else method
-
-
-def _dicts(settings: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
-    groups = settings.get(key)
-    return [part for part in groups.values() if isinstance(part, dict)] if isinstance(groups, dict) else []
-
-
-def _block(settings: Mapping[str, Any]) -> tuple[int, int]:
-    """The rows and columns that share a scale; 0 if they are not declared."""
-    weights = [part.get("weights") for part in _dicts(settings, "config_groups")]
-    blocks = [part.get("block_structure") for part in weights if isinstance(part, dict)]
-    for size in (settings.get("weight_block_size"), *blocks, [0, settings.get("group_size")]):
-        if isinstance(size, list) and len(size) == 2 and all(type(part) is int and part >= 0 for part in size):  # noqa: PLR2004
-            return size[0], size[1]
-    return (128, 128) if settings.get("quant_method") == "fp8" else (0, 0)
 
 
 class Checkpoint:
     """The tensors of a release, by the names of the base's stored tensors: a `Release` (release.py).
 
-    `method` is a key of `LAYOUTS`, and `block` the rows and columns that share a scale; 0 if they are not declared.
-    `folds` are the scales that AWQ or SmoothQuant has moved, and `head` is the size of an attention head.
+    `of_base` are the base's tensors by name, and `method` is a key of `LAYOUTS`. `folds` are the scales that AWQ or
+    SmoothQuant has moved, and `head` is the size of an attention head. `added` are tensors that the base does not have.
 
     Raises:
         LayoutError: a weight has parts that do not fit. The text names it.
     """
 
-    def __init__(self, files: Files, base: Files, method: str, block: tuple[int, int], head: int) -> None:
-        self._feed, self._method, self._block = files.feed, method, block
-        self._shapes = {tensor.name: tensor.shape for tensor in base.stored}
-        self._parts = _parts(files.stored, self._shapes)
+    def __init__(  # noqa: PLR0917
+        self,
+        files: Files,
+        base: Files,
+        of_base: Mapping[str, StoredTensor],
+        method: str,
+        declared: Declared,
+        head: int,
+    ) -> None:
+        self._feed, self._method, self._declared = files.feed, method, declared
+        self._shapes = {name: tensor.shape for name, tensor in of_base.items()}
+        self._parts, others = _parts(files.stored, self._shapes)
         self._plain = {tensor.name for tensor in files.stored if tensor.dtype in PLAIN} & self._shapes.keys()
         if not self._parts:
             raise LayoutError(f"stores no weight of the base in the parts of {method}: its tensors have other names")
@@ -134,7 +90,7 @@ class Checkpoint:
             except LayoutError:
                 raise error from None
         self._places = stored_bytes(files.directory, {tensor.name: tensor for tensor in files.stored})
-        self._base_feed, known = base.feed, {tensor.name: tensor for tensor in base.stored if tensor.name in self}
+        self._base_feed, known = base.feed, {name: tensor for name, tensor in of_base.items() if name in self}
         self._base = stored_bytes(base.directory, known)
         shapes = {
             name: tensor.shape
@@ -146,13 +102,19 @@ class Checkpoint:
         kinds = Counter(map(self.kind, self._parts))
         title = {"bitsandbytes": "bitsandbytes", "mlx": "MLX"}.get(method) or KNOWN_NAMES[method.removesuffix("_v2")]
         self.format = f"{title} ({'; '.join(kind for kind, _ in kinds.most_common(3))})"
-        self.added = tuple[str, ...]()
+        self.added = tuple(name for name in others if not self._is_zero_bias(name))
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts or name in self._plain
 
     def expects(self, name: str) -> bool:
         return name in self._shapes
+
+    def _is_zero_bias(self, name: str) -> bool:
+        """Whether it is a bias of zeros, as GPTQ stores for layers without one."""
+        rows = self._shapes.get(f"{name.removesuffix('bias')}weight", ())[:1]
+        is_bias = name.endswith(".bias") and self._places[name].shape == rows
+        return is_bias and not bool(self._places[name].read(self._feed).any())
 
     def kind(self, name: str) -> str:
         """How a tensor is stored, such as `4 bits in groups of 128`. Empty for plain floats."""
@@ -232,7 +194,7 @@ class Checkpoint:
 
     def _weight(self, name: str) -> Weight:
         rows, columns = self._shapes[name][:: -1 if self._is_transposed else 1]
-        return Weight((rows, columns), self._block, self._method)
+        return Weight((rows, columns), self._declared, self._method)
 
     def _check(self) -> None:
         """Raise `LayoutError` if a weight does not fit."""
@@ -248,23 +210,28 @@ def _on_meta(tensor: StoredTensor) -> torch.Tensor:
     return torch.empty(tensor.shape, dtype=getattr(torch, DTYPES[tensor.dtype]), device="meta")
 
 
-def _parts(stored: Iterable[StoredTensor], base: Mapping[str, Sequence[int]]) -> dict[str, dict[str, StoredTensor]]:
-    """The parts of each quantized weight by their suffixes, for the weights that the base has."""
+def _parts(
+    stored: Iterable[StoredTensor], base: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, dict[str, StoredTensor]], list[str]]:
+    """The parts of each quantized weight that the base has, by their suffixes; and tensors that it does not have."""
     parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+    others = []
     for tensor in stored:
         if tensor.dtype not in DTYPES:
             raise LayoutError(f"stores {shown(tensor.name)} in {tensor.dtype}, which cannot be read")
         pieces = tensor.name.split(".")
-        for count in (1, 2, 3):
-            weight, part = ".".join((*pieces[:-count], "weight")), ".".join(pieces[-count:])
-            if weight in base:
-                if part == "weight" or (part not in UNREAD and tensor.name not in base):
-                    parts[weight][part] = tensor
-                break
-        else:
-            if pieces[-1] == "scales":
-                raise LayoutError(f"has {shown(tensor.name)}: scales of a layer that the base does not have")
-    return {name: own for name, own in parts.items() if own.keys() != {"weight"} or own["weight"].dtype not in PLAIN}
+        places = ((".".join((*pieces[:-count], "weight")), ".".join(pieces[-count:])) for count in (1, 2, 3))
+        weight, part = next(((weight, part) for weight, part in places if weight in base), ("", pieces[-1]))
+        if weight and (part == "weight" or (part not in {*UNREAD, "bias"} and tensor.name not in base)):
+            parts[weight][part] = tensor
+        elif part == "scales":
+            raise LayoutError(f"has {shown(tensor.name)}: scales of a layer that the base does not have")
+        elif tensor.name not in base and part not in UNREAD:
+            others.append(tensor.name)
+    quantized = {
+        name: own for name, own in parts.items() if own.keys() != {"weight"} or own["weight"].dtype not in PLAIN
+    }
+    return quantized, others
 
 
 def _layout(name: str, parts: Mapping[str, StoredTensor], shape: Sequence[int], method: str) -> Layout:

@@ -80,16 +80,19 @@ def _opened_directory(
     feed = pinned.enter_context(LocalFeed(directory, keep=False))
     files = Files(directory=directory, stored=finished.base_files.tensors, feed=feed)
     base_files = Files(directory=group.directory, stored=group.files.tensors, feed=bases.feed)
-    return ByModelNames(open_checkpoint(files, base_files, finished.name), mapping)
+    sources = {alias: mapping.sources.get(first) for alias, first in loaded.base.aliases.items()}
+    aliases = {alias: own[0] for alias, own in sources.items() if own and alias not in mapping.sources}
+    return ByModelNames(open_checkpoint(files, base_files, finished.name, aliases), mapping, aliases)
 
 
 class ByModelNames:
     """A directory by the names of the model's tensors, which transformers makes of stored ones: a `Release`.
 
-    If several stored tensors make a tensor, transformers' own conversion makes it.
+    If several stored tensors make a tensor, transformers' own conversion makes it. `aliases` are further names of tied
+    tensors, which a release may store too.
     """
 
-    def __init__(self, release: Checkpoint, mapping: TensorMap) -> None:
+    def __init__(self, release: Checkpoint, mapping: TensorMap, aliases: Collection[str] = ()) -> None:
         self._release, self.format = release, release.format
         self.added, self.settings = release.added, tuple[Setting, ...]()
         for source in (source for group in mapping.groups if group.conversion != RENAMED for source in group.sources):
@@ -100,13 +103,14 @@ class ByModelNames:
                     hint="verify the merged model before it is quantized",
                 )
         self._expected = {target for group in mapping.groups for target in group.targets}
-        self._groups: Mapping[str, TensorGroup] = {
+        self._groups: dict[str, TensorGroup] = {
             target: group
             for group in mapping.groups
             for target in group.targets
             if all(source in release for source in group.sources)
             and (group.conversion == RENAMED or group.recipe is not None)
         }
+        self._groups |= {name: TensorGroup(sources=(name,), targets=(name,)) for name in aliases if name in release}
 
     def expect(self, names: Collection[str]) -> None:
         """The merge can change these tensors."""

@@ -9,7 +9,7 @@ QuantState and Linear8bitLt of bitsandbytes; and `mlx.core.quantize`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -32,6 +32,9 @@ SAME_SCALE = 0.1
 LARGEST_STATE = 1 << 16
 """A part of a small weight may have so many values."""
 
+WHOLE = 1 << 62
+"""So many rows or columns share a scale if all do."""
+
 UNFIT = (RuntimeError, IndexError, TypeError, ValueError, ZeroDivisionError)
 """What torch and Python raise for shapes that do not fit together."""
 
@@ -42,11 +45,32 @@ class LayoutError(Exception):
     """The parts do not fit. The text continues a sentence that begins with the name of the weight."""
 
 
+class Declared(NamedTuple):
+    """What is declared of the weights; nothing if it is empty or None. Engines rely on it instead of the weights.
+
+    `bits` are the numbers of bits that a code may have, and `blocks` the rows and columns that may share a scale.
+    `is_symmetric`: the code in the middle means zero. `is_ordered`: columns of a group may be anywhere.
+    """
+
+    bits: frozenset[int] = frozenset()
+    blocks: tuple[tuple[int, int], ...] = ()
+    is_symmetric: bool | None = None
+    is_ordered: bool | None = None
+
+    def __str__(self) -> str:
+        blocks = (f"{'all' if size == WHOLE else size}" for _, size in self.blocks)
+        return f"{_either(self.bits)} bits, and groups of {_either(blocks)} columns"
+
+
+def _either(values: Iterable[object]) -> str:
+    return " or ".join(map(str, values)) or "any number of"
+
+
 class Weight(NamedTuple):
-    """A weight of shape (rows, columns), the rows and columns that share a scale (0: unknown), and its method."""
+    """A weight of shape (rows, columns), what is declared of it, and its method."""
 
     shape: tuple[int, int]
-    block: tuple[int, int]
+    declared: Declared
     method: str
 
 
@@ -157,11 +181,14 @@ class Layout(NamedTuple):
         """Raise `LayoutError` if these parts on the meta device do not make such a weight."""
         if any(tensor.numel() > max(LARGEST_STATE, math.prod(weight.shape)) for tensor in parts.values()):
             raise LayoutError("has a part that is larger than the weight")
+        if weight.declared.is_symmetric is False and _ZEROS in self.optional and _ZEROS not in parts:
+            raise LayoutError(f"has no {_ZEROS}, and config.json declares codes that are not symmetric")
         try:
             self.read(weight, parts)
         except UNFIT as error:
             shapes = ", ".join(f"{part} {[*tensor.shape]}" for part, tensor in sorted(parts.items()))
-            raise LayoutError(f"has parts that make no weight of shape {[*weight.shape]}: {shapes}") from error
+            what = f"{shapes}; config.json declares {weight.declared}"
+            raise LayoutError(f"has parts that make no weight of shape {[*weight.shape]}: {what}") from error
 
 
 def _of_mlx(low: torch.Tensor, high: torch.Tensor, levels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,12 +223,13 @@ def _bits(words: torch.Tensor, count: int) -> int:
 
 def _spread(weight: Weight, axis: int, groups: int) -> torch.Tensor:
     """The group of each row (axis 0) or column. The last group may be smaller than the others if a size is declared."""
-    total, size = weight.shape[axis], weight.block[axis]
-    if not size or -(-total // size) != groups:
-        size = total // groups
-        if size * groups != total:
-            raise ValueError(groups)
-    return torch.arange(total) // min(size, total)
+    total, declared = weight.shape[axis], {block[axis] for block in weight.declared.blocks}
+    sizes = {min(size, total) for size in declared - {0} if -(-total // size) == groups}
+    if 0 in declared or not declared:
+        sizes |= {total // groups} if total % groups == 0 else set()
+    if len(sizes) != 1:
+        raise ValueError(groups)
+    return torch.arange(total) // sizes.pop()
 
 
 def _grid(  # noqa: PLR0917 - what makes a grid
@@ -213,9 +241,18 @@ def _grid(  # noqa: PLR0917 - what makes a grid
     index: torch.Tensor | None = None,
 ) -> Grid:
     """The grid, if the shapes fit. An `index` gives the group of each column, unless it is -1 everywhere."""
+    declared = weight.declared
+    if declared.bits and bits not in declared.bits:
+        raise LayoutError(f"has {bits} bits, and config.json declares {declared}")
+    if declared.is_symmetric and isinstance(zeros, torch.Tensor) and not zeros.is_meta:
+        middle = 0 if codes.dtype != torch.uint8 else 1 << bits - 1
+        if bool((zeros != middle).any()):
+            raise LayoutError("has zero points of its own, and config.json declares symmetric codes")
     dtype, scales, groups = scales.dtype, scales.float(), _spread(weight, 1, scales.shape[1])
     offsets, count = -scales * zeros, scales.shape[1]
     if index is not None and index.shape == groups.shape and not index.is_meta and bool((index != -1).any()):
+        if declared.is_ordered is False and not torch.equal(index.long(), groups):
+            raise LayoutError("has columns in another order (g_idx), and config.json declares none")
         groups = index.long()
         if bool(((index < 0) | (index >= count)).any()):
             raise LayoutError(f"has a g_idx beyond its {count} groups")
@@ -286,7 +323,7 @@ def _blocks(weight: Weight, parts: Parts) -> Grid:
         scales = parts["weight.nested_quant_map"].view(256)[scales.int()]
         scales = scales * nested.repeat_interleave(size)[: len(scales)] + offset
     size = _block_size(count, len(scales))
-    in_blocks = Weight((len(scales), size), (0, 0), weight.method)
+    in_blocks = Weight((len(scales), size), Declared(bits=weight.declared.bits), weight.method)
     grid = _grid(in_blocks, pairs.flip(1).view(-1, size), scales.view(-1, 1), 0, 4)
     return grid._replace(table=parts["weight.quant_map"].view(16))
 
@@ -310,6 +347,7 @@ def _mean_scale(weight: Weight, state: torch.Tensor) -> float:
     return mean
 
 
+_ZEROS = "weight_zero_point"
 _STATES = {f"weight.quant_state.bitsandbytes__{kind}": "U8" for kind in ("nf4", "fp4")}
 _FLOATS = "F16 BF16 F32"
 _GPTQ = {"qweight": "I32", "qzeros": "I32", "scales": _FLOATS}
