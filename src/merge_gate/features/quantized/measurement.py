@@ -22,7 +22,7 @@ class TensorStrength:
         kind: how the release stores it, such as `Q4_K`; empty for plain floats.
         touched: whether the merge can change it.
         shape, expected_shape: in the release, and in the merge. If they differ, the common part is compared.
-        nonfinite: how many values of Q are not finite. Nothing else is known then.
+        nonfinite: how many values of W, W + D, and Q are not finite. Nothing else is known then.
         numel: the number of values.
         strength: k. 1 is the merge, and 0 is the base.
         error: the standard error of k: the largest of the errors for white noise, for noise that differs between rows,

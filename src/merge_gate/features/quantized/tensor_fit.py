@@ -73,9 +73,9 @@ class _Products:
             is_large = d.abs() > LARGE * d.square().mean().sqrt()
             vectors = torch.stack((w, d, e, q - w, d * is_large), 1)
             by_row.append(vectors @ vectors.mT)
-            for number in range(SHUFFLES):
-                order = torch.randperm(len(d), generator=random)
-                self.shuffled[number] += (vectors * d[order, None]).sum((0, 2))
+            if bool(d.any()):
+                others = [d[torch.randperm(len(d), generator=random)] for _ in range(SHUFFLES)]
+                self.shuffled += (torch.stack(others, 1) @ vectors.mT).sum(0)
         self.by_row = torch.cat(by_row)
         self.total = self.by_row.sum(0)
 
@@ -180,7 +180,7 @@ def fitted(  # noqa: PLR0917
     `dtype` is that of the base's files: the merge may have been rounded to it. Without `requantized`, the noise to
     expect is unknown.
     """
-    if bad := int((~actual.isfinite()).sum()):
+    if bad := sum(int((~tensor.isfinite()).sum()) for tensor in (base, merged, actual)):
         return replace(outline, nonfinite=bad)
     fit = _Fit(base, merged, actual, dtype)
     figures = {name: getattr(fit, name) for name in FIGURES}
