@@ -1,7 +1,5 @@
 """`merge_gate.gate`: typed reports, no torch and no traces in the process that calls it."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -79,9 +77,7 @@ def test_a_run_leaves_no_trace(run: tuple[Report, dict[str, object], dict[str, o
     assert after == before
 
 
-def test_an_output_directory_gets_the_reports(
-    demo: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_output_directory_gets_the_reports(demo, tmp_path, capfd, monkeypatch) -> None:
     """The configuration of the demo, of which one adapter is judged by its file alone."""
     monkeypatch.chdir(tmp_path)
     config = demo / "one.yml"
@@ -122,9 +118,7 @@ MISTAKES = ({"adapters": "typo"}, {"dtypes": 16}, {"device": "tpu"}, {"adapters"
 @pytest.mark.parametrize(
     "mistake", tried("Y60", "gate(…)", "exit 2, nothing changes", {str(mistake): mistake for mistake in MISTAKES})
 )
-def test_a_mistake_touches_no_report(
-    mistake: dict[str, Any], demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_mistake_touches_no_report(mistake, demo, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_report(PASS, "out")
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}

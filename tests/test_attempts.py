@@ -1,7 +1,5 @@
 """The tests repeat what outsiders tried, and `--attempts` prints it as a table."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

@@ -4,33 +4,27 @@ The truth is exact: each weight is a code times a power of two. A base that pass
 bit for bit but for the last bit of bitsandbytes' 8-bit scales.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.tensors.quantized import DEQUANTIZED, dequantized, is_quantized
 from merge_gate.files.preflight import preflight
-from merge_gate.records.terms import Quantization
+from merge_gate.records.report import AdapterReport, BaseReport
+from merge_gate.records.terms import Finding, Quantization
 from tests.support.bases import ADAPTERS, STEP, Case
 from tests.support.bases_broken import BROKEN, FORMAT
 from tests.support.bases_good import GOOD, PACKAGED, UNFIT
 from tests.support.cases import gated
 from tests.support.gating import Gate, one_thread
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-    from pathlib import Path
-
-    from merge_gate.engine.base.loaded_base import Base
-    from merge_gate.records.report import AdapterReport, BaseReport
-    from merge_gate.records.terms import Finding
 
 if importlib.util.find_spec("compressed_tensors"):
     GOOD.update(PACKAGED)

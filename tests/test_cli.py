@@ -1,7 +1,5 @@
 """The command as people and workflows meet it: exit codes, report, bad input, signals, speed; all by subprocess."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -12,8 +10,9 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jsonschema
 import pytest
@@ -42,12 +41,6 @@ from tests.support.command import (
     wait_until,
 )
 from tests.support.demo_place import configure, readable, tree
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from tests.support.wording import Wording
-
 
 REPORT = "merge-gate-report/report.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -139,9 +132,7 @@ def test_1_when_one_failed_and_another_could_not_be_judged(place: Path) -> None:
     assert {one["verdict"] for one in report["adapters"]} == {"failed", "error"}
 
 
-def test_without_a_name_the_usual_config_is_read(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_name_the_usual_config_is_read(place, monkeypatch, capsys) -> None:
     monkeypatch.chdir(place)
     configure(place, "good").rename("merge-gate.yml")
     codes, texts = [], []
@@ -451,9 +442,7 @@ def left_alone(place: Path) -> None:
     [signal.SIGINT, *(pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGTERM, signal.SIGHUP))],
     ids=lambda number: number.name,
 )
-def test_a_signal_ends_a_run_in_order(
-    number: signal.Signals, stuck: tuple[subprocess.Popen[bytes], Path], wording: Wording
-) -> None:
+def test_a_signal_ends_a_run_in_order(number, stuck, wording) -> None:
     process, place = stuck
     (worker,) = children_of(process.pid)
     began = time.monotonic()
@@ -515,9 +504,7 @@ def test_a_burst_of_signals_at_any_moment_leaves_no_traceback(delay_s: float, pl
     assert "race condition" not in log
 
 
-def test_a_signal_after_the_last_word_leaves_the_verdict(
-    place: Path, capfd: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_a_signal_after_the_last_word_leaves_the_verdict(place, capfd, wording) -> None:
     """The report is complete on disk before the terminal is told: a signal in between must not say otherwise."""
     configure(place, "lfs-pointer")
     script = (

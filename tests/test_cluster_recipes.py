@@ -1,7 +1,5 @@
 """The recipes for clusters: the fields of their pods that matter, and the script for Hugging Face Jobs."""
 
-from __future__ import annotations
-
 import importlib.util
 import types
 from pathlib import Path
@@ -133,9 +131,7 @@ class Jobs:
 
 
 @pytest.mark.parametrize(("last", "code"), [("COMPLETED", 0), ("ERROR", 1), ("CANCELED", 3), ("DELETED", 3)])
-def test_the_script_waits_for_the_job_and_ends_as_it_did(
-    last: str, code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_script_waits_for_the_job_and_ends_as_it_did(last, code, capsys) -> None:
     script, jobs = recipe(), Jobs(["RUNNING", last])
     script.WAIT_S = 0
     got = script.gate(jobs, "acme/base", "acme/lora", flavor="cpu-upgrade", timeout="1h", token="hf_secret")

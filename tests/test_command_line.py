@@ -1,7 +1,5 @@
 """The command line before a command runs: variables for options, help texts, completion, and what is shown."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import os
@@ -10,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -19,9 +16,7 @@ from merge_gate.cli.arguments import requested_config
 from merge_gate.cli.dispatch import main
 from merge_gate.cli.parser import parsed, parsers, unknown_variables, without_variable
 from tests.support.tried import tried
-
-if TYPE_CHECKING:
-    from tests.support.wording import Wording
+from tests.support.wording import Wording
 
 
 def commands() -> dict[str, argparse.ArgumentParser]:
@@ -77,9 +72,7 @@ def test_no_variable_makes_the_gate_trust_more(command: str, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("variable", "value"), [("DEVICE", "tpu"), ("ACCESS", "guess"), ("REFRESH", "maybe"), ("OUTPUT", "gate.yml")]
 )
-def test_a_wrong_variable_is_named(
-    variable: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_a_wrong_variable_is_named(variable, value, monkeypatch, capsys, wording) -> None:
     Path("gate.yml").write_text("")
     monkeypatch.setenv(f"MERGE_GATE_{variable}", value)
     with pytest.raises(SystemExit):
@@ -96,9 +89,7 @@ def test_a_variable_is_refused_where_its_option_would_be(monkeypatch: pytest.Mon
     wording(caught.value)
 
 
-def test_the_variables_that_were_used_are_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_the_variables_that_were_used_are_named(monkeypatch, capsys, wording) -> None:
     monkeypatch.setenv("MERGE_GATE_COLOR", "never")
     assert main(["check", "nowhere.yml"]) == 2
     wording(capsys.readouterr().err.splitlines()[0])
@@ -167,9 +158,7 @@ def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("columns", ["50", "80"])
 @pytest.mark.parametrize(("command", "options"), [("run", 8), ("verify", 4)])
-def test_short_help_has_few_options_and_names_the_long_one(
-    command: str, options: int, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_short_help_has_few_options_and_names_the_long_one(command, options, columns, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     text = printed([command, "-h"], capsys)
     assert max(map(len, text.splitlines()[1:])) <= int(columns)  # without the usage
@@ -271,9 +260,7 @@ def test_other_shells_get_a_script_too(shell: str, capsys: pytest.CaptureFixture
         subprocess.run([shell, "-n"], input=text, text=True, check=True)
 
 
-def test_without_shtab_the_extra_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_without_shtab_the_extra_is_named(monkeypatch, capsys, wording) -> None:
     monkeypatch.setitem(sys.modules, "shtab", None)
     assert main(["completion", "bash"]) == 2
     wording(capsys.readouterr().err)

@@ -3,8 +3,6 @@
 tests/test_cli.py runs the real command.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import io
@@ -16,8 +14,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 from unittest.mock import Mock
 
 import jsonschema
@@ -42,17 +41,12 @@ from merge_gate.report.stored.report_files import WORDS, write_report
 from merge_gate.run import flow, groups
 from merge_gate.worker import protocol
 from merge_gate.worker.memory import too_large
+from merge_gate.worker.protocol import Event, Job
 from tests.support.fake_ray import Ray
 from tests.support.reports import FAIL, PASS
 from tests.support.schemas import report_schema
 from tests.support.tried import tried
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from merge_gate.worker.protocol import Event, Job
-    from tests.support.wording import Wording
-
+from tests.support.wording import Wording
 
 CONFIG = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q"], "base_model_name_or_path": "./base"}
 SHAPES = {"base_model.model.q.lora_A.weight": [4, 8], "base_model.model.q.lora_B.weight": [8, 4]}
@@ -112,9 +106,7 @@ def interrupt() -> Iterator[Callable[..., None]]:
     [(signal.default_int_handler, signal.SIG_DFL), (signal.SIG_IGN, signal.SIG_IGN)],
     ids=["a terminal", "in the background"],
 )
-def test_an_interrupt_during_the_imports_leaves_no_traceback(
-    before: Any, then: Any, interrupt: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupt_during_the_imports_leaves_no_traceback(before, then, interrupt, monkeypatch) -> None:
     """A shell has a command in the background ignore it, which stays so."""
     seen: list[Any] = []
 
@@ -141,9 +133,7 @@ def test_a_signal_before_the_command_leaves_no_verdict(capsys: pytest.CaptureFix
     wording(capsys.readouterr().err)
 
 
-def test_a_signal_during_a_command_without_an_output(
-    replace_command: Callable[..., None], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_during_a_command_without_an_output(replace_command, capsys) -> None:
     replace_command("check", lambda _: os.kill(os.getpid(), signal.SIGTERM))
     assert main(["check", "gate.yml"]) == 3
     assert "SIGTERM" in capsys.readouterr().err
@@ -159,18 +149,14 @@ def test_a_signal_during_a_command_without_an_output(
     ],
     ids=["a defect", "a package", "files", "memory"],
 )
-def test_an_error_of_a_command_is_a_sentence(
-    error: Exception, replace_command: Callable[..., None], capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_an_error_of_a_command_is_a_sentence(error, replace_command, capsys, wording) -> None:
     """Never exit code 1, with which Python ends by itself."""
     replace_command("schema", Mock(side_effect=error))
     assert main(["schema", "config"]) == 3
     wording(capsys.readouterr().err)
 
 
-def test_the_details_of_a_defect_are_to_be_had(
-    replace_command: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_details_of_a_defect_are_to_be_had(replace_command, monkeypatch, capsys) -> None:
     replace_command("schema", Mock(side_effect=ZeroDivisionError("by zero")))
     monkeypatch.setenv("MERGE_GATE_DEBUG", "1")
     assert main(["schema", "config"]) == 3
@@ -179,9 +165,7 @@ def test_the_details_of_a_defect_are_to_be_had(
     assert said.endswith("ZeroDivisionError: by zero\n")
 
 
-def test_a_directory_that_one_may_not_read_is_no_defect(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_directory_that_one_may_not_read_is_no_defect(place, monkeypatch, capsys) -> None:
     """Named here or in a config, it is judged alike."""
     lay_base(place)
     with tempfile.TemporaryDirectory() as top:  # pytest's own directories are closed to others
@@ -246,9 +230,7 @@ def container(place: Path, monkeypatch: pytest.MonkeyPatch) -> list[ContainerRun
         (("--forward", "required"), ("--forward", "required")),
     ],
 )
-def test_a_run_in_a_container_is_told_what_this_one_was(
-    words: tuple[str, ...], inside: tuple[str, ...], container: list[ContainerRun], capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_in_a_container_is_told_what_this_one_was(words, inside, container, capfd) -> None:
     assert main(["run", "gate.yml", "--container", *words]) == 1
     assert [one.arguments for one in container] == [inside]
     assert capfd.readouterr().out == "from the inside\n"
@@ -263,9 +245,7 @@ def test_a_run_in_a_container_is_told_where_to_publish(container: list[Container
 
 @pytest.mark.usefixtures("container")
 @pytest.mark.parametrize("config", ["begins.yml", "gate.yml"])
-def test_copies_are_made_of_the_report_of_a_container(
-    config: str, place: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_copies_are_made_of_the_report_of_a_container(config, place, capfd) -> None:
     (place / "begins.yml").write_bytes((place / "gate.yml").read_bytes())
     assert main(["run", config, "--container", "--report", "junit=-"]) == 1
     said = capfd.readouterr()
@@ -302,18 +282,14 @@ def report_of(place: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("worker")
-def test_a_base_larger_than_the_memory_is_told_before_its_load(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_base_larger_than_the_memory_is_told_before_its_load(place, monkeypatch, capsys) -> None:
     monkeypatch.setattr(groups.MemoryGroup, "free_bytes", lambda _: 100)
     assert main(["run", "gate.yml"]) == 3
     said = capsys.readouterr()
     assert str(too_large("./base", len(weights()), 100)) in said.out + said.err
 
 
-def test_a_sandbox_that_is_not_whole_is_told_once(
-    place: Path, worker: list[Event], capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_a_sandbox_that_is_not_whole_is_told_once(place, worker, capsys, wording) -> None:
     """A second worker that has as little of it is no news."""
     chosen = protocol.DeviceChosen(device="cpu", device_name="", sandbox=Sandbox(missing=("files: no Landlock here",)))
     worker += [chosen, chosen]
@@ -325,9 +301,7 @@ def test_a_sandbox_that_is_not_whole_is_told_once(
 
 
 @pytest.mark.usefixtures("place")
-def test_a_base_or_an_adapter_that_takes_long_is_named(
-    worker: list[Event], capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_a_base_or_an_adapter_that_takes_long_is_named(worker, capsys, wording) -> None:
     worker += [protocol.Idle(task=task, base="./base", seconds=61.0, timeout_s=900.0) for task in (None, 0)]
     assert main(["run", "gate.yml"]) == 3
     said = capsys.readouterr()
@@ -367,9 +341,7 @@ def test_a_run_on_a_cluster_has_the_options_of_the_command(place: Path, monkeypa
         (("--base", "elsewhere"), 0, ["base-mismatch"]),
     ],
 )
-def test_options_judge_adapters_as_a_config_does(
-    words: tuple[str, ...], code: int, checks: list[str], place: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_options_judge_adapters_as_a_config_does(words, code, checks, place, capsys) -> None:
     lay_base(place)
     shutil.copytree(place / "base", place / "elsewhere")
     assert main(["check", "one", "--report", "json=-", *words]) == code
@@ -485,9 +457,7 @@ def unreadable(place: Path) -> None:
 @pytest.mark.parametrize(
     ("break_", "code"), [(lambda _: None, 0), (cut, 1), (unreadable, 3)], ids=["sound", "broken", "unreadable"]
 )
-def test_a_check_says_what_it_found_and_that_nothing_was_merged(
-    break_: Callable[[Path], object], code: int, place: Path, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_a_check_says_what_it_found_and_that_nothing_was_merged(break_, code, place, capsys, wording) -> None:
     lay_base(place)
     break_(place)
     assert main(["check", "one"]) == code
@@ -515,9 +485,7 @@ def test_half_a_first_config_does_not_stay(place: Path) -> None:
     assert not (place / "merge-gate.yml").exists()
 
 
-def test_a_first_config_where_nobody_can_write(
-    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_a_first_config_where_nobody_can_write(place, monkeypatch, capsys, wording) -> None:
     monkeypatch.chdir("/proc")  # where not even root can make a file
     assert main(["init", str(place)]) == 2
     said = capsys.readouterr().err
@@ -526,9 +494,7 @@ def test_a_first_config_where_nobody_can_write(
     wording(said.splitlines()[0])
 
 
-def test_a_demo_that_is_judged_otherwise_is_no_demo(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_a_demo_that_is_judged_otherwise_is_no_demo(monkeypatch, capsys, wording) -> None:
     monkeypatch.setattr(demo, "make_demo", lambda _: "gate.yml")
     monkeypatch.setattr(demo_command, "gate_adapters", lambda *_, **__: PASS)
     assert main(["demo", "new"]) == 3

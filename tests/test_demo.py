@@ -1,7 +1,5 @@
 """The demo's files are what transformers and PEFT would load, and each adapter is broken in the one way it claims."""
 
-from __future__ import annotations
-
 import os
 import re
 import warnings
@@ -156,9 +154,7 @@ def test_the_demo_keeps_its_report_and_ends_with_its_page(without_a_directory: t
 
 
 @pytest.mark.parametrize(("page", "language"), [("README.md", "text"), ("docs/quickstart.md", "console")])
-def test_a_page_has_an_excerpt_of_what_the_demo_prints(
-    page: str, language: str, without_a_directory: tuple[Path, Answer]
-) -> None:
+def test_a_page_has_an_excerpt_of_what_the_demo_prints(page, language, without_a_directory) -> None:
     _, answer = without_a_directory
     printed = {without_numbers(line) for line in plain(answer.out).splitlines()}
     excerpt = blocks((ROOT / page).read_text(encoding="utf-8"), language)[0]

@@ -1,21 +1,14 @@
 """The same files give the same report, whatever the number of threads and whatever order the disk has them in."""
 
-from __future__ import annotations
-
 import shutil
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
+from merge_gate.records.report import Report
 from merge_gate.report.formats.json_report import read
 from tests.support.command import merge_gate
 from tests.support.small_fleet import BROKEN, lay_fleet, same
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.records.report import Report
-    from tests.support.models import Shelf
 
 GATE = """\
 version: 1
@@ -34,7 +27,7 @@ def judged(place: Path, **environ: str) -> Report:
 
 
 @pytest.mark.slow
-def test_neither_threads_nor_order_of_files_change_a_report(shelf: Shelf, tmp_path: Path) -> None:
+def test_neither_threads_nor_order_of_files_change_a_report(shelf, tmp_path: Path) -> None:
     """Files that were made in the opposite order are listed in another by most file systems."""
     place, opposite = tmp_path / "place", tmp_path / "opposite"
     lay_fleet(shelf, place)

@@ -1,30 +1,24 @@
 """The worker is started before the config is read, and is gone where it is of no use."""
 
-from __future__ import annotations
-
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from merge_gate.cli.dispatch import main
 from merge_gate.config import load_config
+from merge_gate.records.config import Config
 from merge_gate.report.formats.json_report import read, render
 from merge_gate.run import flow
 from tests.support.command import children_of
 from tests.support.reports import EMPTY
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-    from merge_gate.records.config import Config
-    from tests.support.models import Shelf
-
 
 @pytest.fixture
-def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with one sound adapter and its config, and no other directory for what is passing."""
     shutil.copytree(shelf.adapter("plain"), tmp_path / "one")
     write(tmp_path, shelf.base("llama"))
@@ -71,17 +65,13 @@ def test_a_config_that_is_refused_leaves_nothing(place: Path, meanwhile: list[li
 
 
 @pytest.mark.parametrize("words", [("--ray", "auto"), ("--container",)])
-def test_where_another_process_merges_none_is_started(
-    place: Path, meanwhile: list[list[int]], words: tuple[str, ...]
-) -> None:
+def test_where_another_process_merges_none_is_started(place, meanwhile, words) -> None:
     (place / "gate.yml").write_text("version: 1\nadapters: 7\n")
     assert main(["run", "gate.yml", *words]) == 2
     assert meanwhile == [[]]
 
 
-def test_it_runs_while_the_config_is_read_and_ends_if_unused(
-    place: Path, meanwhile: list[list[int]], cores: set[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_runs_while_the_config_is_read_and_ends_if_unused(place, meanwhile, cores, monkeypatch) -> None:
     """Where all is known it is gone before the report is made. On one core it is not started before it is needed."""
     assert main(["run", "gate.yml", "--cache", "cache"]) == 0
     assert [len(children) for children in meanwhile] == [1]

@@ -1,21 +1,13 @@
 """Each case of `tests.support.all_faults` through the gate: verdict, cause, origin and the tensor it names."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import pytest
 
 from merge_gate.judging.checks.table import CHECKS
-from merge_gate.records.terms import Severity, Verdict
+from merge_gate.records.report import AdapterReport
+from merge_gate.records.terms import Finding, Severity, Verdict
 from tests.support.all_faults import FAULTS, HEALTHY
-from tests.support.cases import told
+from tests.support.cases import Judged, told
 from tests.support.faults import Case, Payload
-
-if TYPE_CHECKING:
-    from merge_gate.records.report import AdapterReport
-    from merge_gate.records.terms import Finding
-    from tests.support.cases import Judged
 
 
 def deciding(report: AdapterReport) -> list[Finding]:

@@ -1,26 +1,20 @@
 """The hooks of .pre-commit-hooks.yaml, by pre-commit itself, in a git repository that somebody commits to."""
 
-from __future__ import annotations
-
 import os
 import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import yaml
 
 from tests.support.command import environment, merge_gate
 from tests.support.faults import LFS_POINTER
-from tests.support.models import ADAPTER_WEIGHTS, to_pickle
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.support.models import Shelf
+from tests.support.models import ADAPTER_WEIGHTS, Shelf, to_pickle
 
 ROOT = Path(__file__).resolve().parent.parent
 MANIFEST = ROOT / ".pre-commit-hooks.yaml"

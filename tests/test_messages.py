@@ -3,29 +3,23 @@
 Each row is an adapter as the world has them, a real layout of files, and the words that its report must have.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_gate.records.terms import Origin, Severity, Verdict
+from merge_gate.records.report import AdapterReport
+from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from tests.support.cases import gated
 from tests.support.faults import ALLOW_PICKLE, configure, edit, halve, overwrite, remove, rename, save_twice
-from tests.support.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_tensors
-
-if TYPE_CHECKING:
-    from merge_gate.records.report import AdapterReport
-    from merge_gate.records.terms import Finding
-    from tests.support.models import Shelf
-    from tests.support.wording import Wording
+from tests.support.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Shelf, read_tensors
+from tests.support.wording import Wording
 
 CORPUS = Path(__file__).parent / "corpus"
 PREFIX = "base_model.model."

@@ -5,18 +5,18 @@ the cases of `FAST` with NaN and Inf at every place, `make sweeps` the others wi
 tensor, and `make nightly` all cases at every place.
 """
 
-from __future__ import annotations
-
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import peft
 import pytest
 import torch
 import transformers
 from packaging import version
+from torch import nn
 
+from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.model_class import model_class_for
 from merge_gate.files.preflight import preflight
 from merge_gate.records.terms import Verdict
@@ -29,14 +29,7 @@ from tests.support.faults_methods import EVERY_PLACE, ONE_NAN
 from tests.support.gating import Bench, mistake, one_thread, told
 from tests.support.merged import kept
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import nn
-
-    from merge_gate.engine.base.loaded_base import Base
-
-    Places = tuple[tuple[str, str], ...]
+Places = tuple[tuple[str, str], ...]
 
 FAST = {"lora-linear", "oft-linear"}
 """LoRA, and a method that multiplies the whole weight."""
@@ -109,9 +102,7 @@ def test_the_merged_bits_are_pefts(case: methods.Case, dtype: str, bench: Bench)
 
 @CASES
 @pytest.mark.parametrize(("dtype", "is_mapped"), [("bfloat16", True), ("auto", False)], ids=["other-dtype", "fed"])
-def test_the_merged_bits_are_pefts_in_a_pass_over_the_base(
-    case: methods.Case, dtype: str, is_mapped: bool, bench: Bench
-) -> None:
+def test_the_merged_bits_are_pefts_in_a_pass_over_the_base(case, dtype, is_mapped, bench) -> None:
     """Such a base has values only while its tensors are merged: in another dtype than the stored one, or if fed."""
     adapter, directory = bench.adapter(case), bench.base_directory(case.base, "float32")
     model_class = model_class_for(

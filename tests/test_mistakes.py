@@ -4,8 +4,6 @@ Each runs the command in this process, on one adapter whose file is damaged, so 
 torch. The table in docs/evidence/reliability.md counts them.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -15,26 +13,19 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from merge_gate._internal import whole_file
 from merge_gate._internal.earlier_reports import is_own
 from merge_gate.cli.dispatch import main
-from merge_gate.records.report import Shard
+from merge_gate.records.report import Report, Shard
 from merge_gate.report.stored.output_directory import begun_run
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from merge_gate.run import flow
 from tests.support.reports import FAIL, PASS, adapter, report
-
-if TYPE_CHECKING:
-    from _pytest.mark import ParameterSet
-
-    from merge_gate.records.report import Report
-    from tests.support.wording import Wording
-
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence/reliability.md"
 OUTPUT = "merge-gate-report"
@@ -343,9 +334,7 @@ def parameter(one: Mistake) -> ParameterSet:
 
 
 @pytest.mark.parametrize("mistake", [parameter(one) for one in MISTAKES])
-def test_a_mistake_loses_nothing(
-    mistake: Mistake, place: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_a_mistake_loses_nothing(mistake, place, monkeypatch, capfd, wording) -> None:
     mistake.arrange(place)
     with mistake.accident(monkeypatch, place):
         before = state(place)

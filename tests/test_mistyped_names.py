@@ -3,8 +3,6 @@
 The Hub is a loopback server that records what it is asked. On it, strangers own repositories with the mistyped names.
 """
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator
@@ -107,9 +105,7 @@ HEALTHY = ("--base", "models/base")
         ),
     ],
 )  # fmt: skip
-def test_a_mistyped_name_of_the_command_line(
-    hub: LoopbackHub, capfd: pytest.CaptureFixture[str], words: tuple[str, ...], meant: str
-) -> None:
+def test_a_mistyped_name_of_the_command_line(hub, capfd, words, meant) -> None:
     assert main([*words]) == 2
     assert hub.requests == []
     assert meant in capfd.readouterr().err
@@ -128,9 +124,7 @@ def test_a_mistyped_name_of_the_command_line(
         )
     ],
 )
-def test_a_mistyped_name_in_a_file(
-    hub: LoopbackHub, capfd: pytest.CaptureFixture[str], base: str, adapter: str, meant: str
-) -> None:
+def test_a_mistyped_name_in_a_file(hub, capfd, base, adapter, meant) -> None:
     Path("gate.yml").write_text(f"version: 1\nbase: {base}\nadapters:\n  - {adapter}\n")
     for command in (("run",), ("run", "--plan"), ("check",)):
         assert main([*command, "gate.yml"]) == 2
@@ -164,9 +158,7 @@ def test_a_config_in_a_folder_of_its_own(hub: LoopbackHub, capfd: pytest.Capture
         pytest.param("main", marks=pytest.mark.attempt("Y57", 'adapter_config.json "revision": "main"', "no request")),
     ],
 )
-def test_a_base_of_the_trainers_machine(
-    hub: LoopbackHub, capfd: pytest.CaptureFixture[str], named: str, revision: str | None
-) -> None:
+def test_a_base_of_the_trainers_machine(hub, capfd, named, revision) -> None:
     """adapter_config.json may name a path of another machine. The adapter is not judged."""
     lay_adapter(Path("adapters/foreign"), base=named, revision=revision)
     for command, code in ((("run",), 3), (("run", "--plan"), 0), (("check",), 3)):

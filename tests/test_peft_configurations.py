@@ -1,7 +1,5 @@
 """A slice of benchmarks/peft_configurations.py: tables laid out as PEFT's tests are, with rows of our own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

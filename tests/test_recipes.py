@@ -3,8 +3,6 @@
 tests/e2e/test_recipes.py runs the workflows among them, tests/e2e/test_linters.py holds them against the schemas.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -15,9 +13,10 @@ import sys
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -27,11 +26,7 @@ from merge_gate.report.stored.report_files import FORMATS
 from tests.support.command import environment, shell, wait_until
 from tests.support.faults import cut
 from tests.support.hub import LoopbackHub
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.support.models import Shelf
+from tests.support.models import Shelf
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -66,9 +61,7 @@ def checkout(shelf: Shelf, tmp_path: Path) -> Path:
     ],
     ids=["GitLab", "Jenkins"],
 )
-def test_the_job_fails_and_its_report_is_where_it_should_be(
-    command: str, junit: str, kept: str, checkout: Path
-) -> None:
+def test_the_job_fails_and_its_report_is_where_it_should_be(command, junit, kept, checkout) -> None:
     done = shell(command, cwd=checkout, **GITLAB["variables"])
     assert done.code == 1, done.said
     (failure,) = ET.fromstring((checkout / junit).read_bytes()).iter("failure")

@@ -1,7 +1,5 @@
 """The records travel: frozen, hashable, picklable; and what follows from their own fields is right."""
 
-from __future__ import annotations
-
 import dataclasses
 import pickle
 from typing import Any

@@ -1,7 +1,5 @@
 """The pages of docs/reference that are made from the command line, and what they say about variables."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Callable, Iterator

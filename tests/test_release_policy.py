@@ -1,7 +1,5 @@
 """`policy: release` and `--policy release`, as whole commands. The worker is played."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The lists of `tests.support.schedule` name files that exist, and all files that share an expensive fixture."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """What benchmarks/servers.py holds servers against, and its words for their answers. Adapters and logits are real."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,25 +1,19 @@
 """Adapters as people ship them: those that PEFT merges pass with its bits, the others say what a person is to do."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
 
+from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Severity, Verdict
 from tests.support import methods
 from tests.support.cases import gated
 from tests.support.engine.shipped import SHIPPED, Shipped, loftq, merge_plainly
 from tests.support.gating import Gate, one_thread
 from tests.support.merged import kept
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from merge_gate.records.report import AdapterReport
-    from tests.support.models import Shelf
+from tests.support.models import Shelf
 
 ROWS = (*SHIPPED, Shipped(name="loftq", make=loftq, cause="not-judged", says=("'loftq'",)))
 if torch.cuda.is_available():

@@ -1,7 +1,5 @@
 """The documentation's site: its navigation, its links, and its lists. tests/e2e/test_site.py builds and opens it."""
 
-from __future__ import annotations
-
 import posixpath
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Where things are: small folders and one name for one thing in the package; tests, support and tools apart."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections import Counter

@@ -1,11 +1,9 @@
 """Wrong usage: exit code 2 and a sentence, before anything is judged or written; in this process."""
 
-from __future__ import annotations
-
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -15,11 +13,6 @@ from merge_gate.report.stored.report_files import write_report
 from tests.support.command import Answer, environment, merge_gate
 from tests.support.demo_place import configure, readable, tree
 from tests.support.reports import PASS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.support.wording import Wording
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +135,7 @@ WORDED = {
 
 
 @pytest.mark.parametrize("name", USAGE)
-def test_2_when_there_is_nothing_to_judge(
-    name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wording: Wording
-) -> None:
+def test_2_when_there_is_nothing_to_judge(name, place, monkeypatch, capsys, wording) -> None:
     """In this process, which takes a hundredth of the time that a command takes to start."""
     arrange, words, _ = USAGE[name]
     before = arranged(place, arrange)

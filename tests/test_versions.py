@@ -1,7 +1,5 @@
 """One place holds the version. Tags, images, and addresses in documents, recipes, and workflows follow it."""
 
-from __future__ import annotations
-
 import ast
 import email
 import re

@@ -3,9 +3,8 @@
 tests/files/test_preflight.py shows that every variant of adapters is read alike from both.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,19 +12,12 @@ from safetensors import SafetensorError
 
 from merge_gate.config.load_config import load_config
 from merge_gate.records.options import RunOptions
+from merge_gate.records.report import AdapterReport
 from merge_gate.run.flow import run_gate
 from tests.support.all_faults import FAULTS, HEALTHY
 from tests.support.cases import lay_out, told, write_config_file
-from tests.support.faults import ALLOW_PICKLE, Case
-from tests.support.models import ADAPTER_WEIGHTS, read_tensors
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from merge_gate.records.report import AdapterReport
-    from tests.support.cases import Judged
-    from tests.support.models import Shelf
+from tests.support.faults import ALLOW_PICKLE
+from tests.support.models import ADAPTER_WEIGHTS, Shelf, read_tensors
 
 pytestmark = pytest.mark.slow
 CASES = tuple({(case.cause, case.warnings): case for case in (*HEALTHY, *FAULTS) if case.variant != "pickled"}.values())
@@ -55,9 +47,7 @@ def pickled(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Mapping[s
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_container_does_not_change_the_verdict(
-    case: Case, judged: Judged, pickled: Mapping[str, AdapterReport]
-) -> None:
+def test_the_container_does_not_change_the_verdict(case, judged, pickled) -> None:
     safe = judged.reports[case.name]
     if case.name not in pickled:  # what is broken is the container itself
         assert safe.cause in {"file-corrupt", "file-missing", "file-lfs-pointer", "pickle-refused"}, told(safe)

@@ -1,7 +1,5 @@
 """What several files say of the action agrees: action.yml, entrypoint.py, checks of inputs, docs, workflows, locks."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 import tomllib

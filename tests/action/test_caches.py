@@ -1,7 +1,5 @@
 """Which caches a run restores and saves: a trusted run gets nothing from a fork, and a fork nothing private."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What foreign code leaves in place of a report stays where it is. The real containers are in tests/e2e."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

@@ -1,7 +1,5 @@
 """The comment on a pull request: one for each job, with text that addresses no one, and none for forks."""
 
-from __future__ import annotations
-
 import json
 import os
 import time
@@ -14,7 +12,6 @@ import pytest
 from merge_gate.action import comment
 from merge_gate.report.wording.markdown import code, plain
 from tests.support.e2e.github import BOT, GitHub, serving
-from tests.support.wording import Wording
 
 SUMMARY = "## ❌ merge-gate FAIL: 1 of 2 adapters failed\n\nAsk @somebody about #12; <!-- x -->\n"
 
@@ -45,9 +42,7 @@ def github(environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPa
         yield github
 
 
-def test_a_comment_is_written_once_and_then_edited(
-    github: GitHub, environ: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_comment_is_written_once_and_then_edited(github, environ, tmp_path, capsys) -> None:
     github.comments += [
         {"id": 4, "user": None, "body": "<!-- merge-gate 0a1b -->"},
         {"id": 1, "user": {"login": "stranger"}, "body": "<!-- merge-gate 0a1b -->"},
@@ -85,9 +80,7 @@ def test_entities_of_the_summary_stay_whole() -> None:
 
 
 @pytest.mark.attempt("A03a", "the API redirects the comment to another host", "the token stays")
-def test_the_token_follows_no_redirect(
-    github: GitHub, environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_the_token_follows_no_redirect(github, environ, tmp_path, monkeypatch, capsys) -> None:
     other = GitHub()
     (tmp_path / "other").mkdir()
     with serving(other, tmp_path / "other") as trusted:
@@ -120,9 +113,7 @@ def _is_slow(*_: object) -> Any:
         )
     ],
 )
-def test_an_odd_answer_is_a_warning(
-    answer: Any, github: GitHub, environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys
-) -> None:
+def test_an_odd_answer_is_a_warning(answer, github, environ, monkeypatch, capsys) -> None:
     github.answer = answer  # type: ignore[method-assign]
     monkeypatch.setattr(comment, "TIMEOUT_S", 1.0)
     assert comment.main(environ) == 0
@@ -138,9 +129,7 @@ def test_no_other_run_comments(environ: dict[str, str], event: str, head: str, c
     assert "::warning" not in capsys.readouterr().out
 
 
-def test_a_comment_that_cannot_be_written_is_a_warning(
-    github: GitHub, environ: dict[str, str], capsys, wording: Wording
-) -> None:
+def test_a_comment_that_cannot_be_written_is_a_warning(github, environ, capsys, wording) -> None:
     github.answer = lambda *_: None  # type: ignore[method-assign]
     assert comment.main(environ) == 0
     wording(capsys.readouterr().out)

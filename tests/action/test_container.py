@@ -1,7 +1,5 @@
 """What the container is told and given. Real containers run in tests/e2e."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,16 +89,12 @@ def test_the_container_looks_for_the_first_adapter(run: ContainerRun, prepared: 
 
 
 @pytest.mark.parametrize("variable", ["MERGE_GATE_DEBUG", "RUNNER_DEBUG"])
-def test_a_runner_that_debugs_debugs_the_gate_inside(
-    run: ContainerRun, prepared: PreparedContainer, variable: str
-) -> None:
+def test_a_runner_that_debugs_debugs_the_gate_inside(run, prepared, variable) -> None:
     assert container.environment(replace(run, environ={variable: "1"}), prepared)["MERGE_GATE_DEBUG"] == "1"
     assert "MERGE_GATE_DEBUG" not in container.environment(replace(run, environ={variable: ""}), prepared)
 
 
-def test_a_companys_own_authority_is_there_inside(
-    run: ContainerRun, prepared: PreparedContainer, tmp_path: Path
-) -> None:
+def test_a_companys_own_authority_is_there_inside(run, prepared, tmp_path) -> None:
     (tmp_path / "company.pem").touch()
     (tmp_path / "link.pem").symlink_to(tmp_path / "company.pem")
     run = replace(
@@ -154,9 +148,7 @@ REFUSED: dict[str, Callable[[ContainerRun, Path], ContainerRun]] = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_the_container_would_not_see_or_hide_is_refused(
-    run: ContainerRun, tmp_path: Path, what: str, wording: Wording
-) -> None:
+def test_what_the_container_would_not_see_or_hide_is_refused(run, tmp_path, what, wording) -> None:
     """podman's API would make a mount that is not there, as root, and leave it."""
     assert (released_image.CPU, released_image.CUDA) == ("", ""), "a commit that is no release"
     (tmp_path / "elsewhere.yml").touch()

@@ -1,7 +1,5 @@
 """Where the engine is, its answers in words, and its errors as sentences. The engine itself is met in tests/e2e."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -48,9 +46,7 @@ def test_an_address_that_was_set_on_purpose_is_tried_not_asked(tmp_path: Path) -
         pytest.param({"DOCKER_HOST": "unix:///nowhere"}, SimpleNamespace(__version__="odd"), id="an SDK of no version"),
     ],
 )
-def test_without_an_engine_or_an_sdk_there_is_a_sentence(
-    environ: dict[str, str], given: dict[str, str], sdk: object, monkeypatch: pytest.MonkeyPatch, wording: Wording
-) -> None:
+def test_without_an_engine_or_an_sdk_there_is_a_sentence(environ, given, sdk, monkeypatch, wording) -> None:
     monkeypatch.setitem(sys.modules, "docker", sdk)
     with pytest.raises(LauncherError) as raised:
         docker_api.connect({**environ, **given})

@@ -3,8 +3,6 @@
 The containers are functions of these tests; real ones, of Docker and podman, run in tests/e2e.
 """
 
-from __future__ import annotations
-
 import gc
 import json
 import os
@@ -305,9 +303,7 @@ def test_a_request_that_docker_does_not_take_is_seen(request_: dict) -> None:
     "request_",
     ["GET /info", "GET /images/.*", "POST /containers/create", "POST /containers/.*/start", "POST /containers/.*/wait"],
 )
-def test_an_engine_that_fails_is_a_sentence_and_nothing_is_left(
-    run, engine: Engine, heard: Heard, request_: str, wording: Wording
-) -> None:
+def test_an_engine_that_fails_is_a_sentence_and_nothing_is_left(run, engine, heard, request_, wording) -> None:
     engine.wrong[request_] = [(500, {"message": "broken"})]
     with pytest.raises(LauncherError) as raised:
         heard.run(run)
@@ -316,9 +312,7 @@ def test_an_engine_that_fails_is_a_sentence_and_nothing_is_left(
 
 
 @pytest.mark.parametrize("request_", ["attach", "wait"])
-def test_an_engine_that_goes_away_is_a_sentence(
-    run, engine: Engine, heard: Heard, request_: str, wording: Wording
-) -> None:
+def test_an_engine_that_goes_away_is_a_sentence(run, engine, heard, request_, wording) -> None:
     engine.wrong[f"POST /containers/.*/{request_}"] = [BREAK_OFF]
     with pytest.raises(LauncherError) as raised:
         heard.run(replace(run, environ={**run.environ, "HF_TOKEN": TOKEN}))
@@ -380,9 +374,7 @@ def test_a_list_that_fails_once_is_asked_for_again(run, engine: Engine, heard: H
     assert heard.warnings == []
 
 
-def test_a_directory_that_cannot_be_made_is_a_sentence(
-    run, engine: Engine, heard: Heard, tmp_path: Path, wording: Wording
-) -> None:
+def test_a_directory_that_cannot_be_made_is_a_sentence(run, engine, heard, tmp_path, wording) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(LauncherError) as caught:
         heard.run(replace(run, hf_cache=tmp_path / "file" / "hf"))
@@ -391,9 +383,7 @@ def test_a_directory_that_cannot_be_made_is_a_sentence(
     nothing_is_left(run, engine)
 
 
-def test_code_that_removes_its_report_directory_costs_the_report(
-    run, engine: Engine, heard: Heard, wording: Wording
-) -> None:
+def test_code_that_removes_its_report_directory_costs_the_report(run, engine, heard, wording) -> None:
     def remove(inside: Container) -> int:
         shutil.rmtree(inside.outside(run.output))
         return 0

@@ -1,14 +1,11 @@
 """Which GPUs are asked for, and in which words."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
 
 from merge_gate._internal.errors import UsageError
 from merge_gate.action.docker.gpus import requested_gpus
-from tests.support.wording import Wording
 
 
 @pytest.fixture
@@ -106,9 +103,7 @@ def test_cudas_own_variable_is_a_ceiling_too(gpus, device, cuda, nvidia, wanted,
 
 
 @pytest.mark.parametrize(("gpus", "device", "cuda"), [("all", "auto", ""), ("auto", "cuda", "-1"), ("0", "auto", "1")])
-def test_more_than_cudas_own_variable_allots_is_refused(
-    gpus: str, device: str, cuda: str, with_gpu: Path, wording: Wording
-) -> None:
+def test_more_than_cudas_own_variable_allots_is_refused(gpus, device, cuda, with_gpu, wording) -> None:
     with pytest.raises(UsageError) as caught:
         requested_gpus(gpus, device, {"CUDA_VISIBLE_DEVICES": cuda}, with_gpu)
     wording(caught.value)

@@ -1,7 +1,5 @@
 """What the container gets besides its description: a token by standard input, and proofs of its mounts and GPUs."""
 
-from __future__ import annotations
-
 import io
 import re
 from pathlib import Path
@@ -91,9 +89,7 @@ def test_a_gpu_that_was_asked_for(tmp_path: Path, name: str, wording: Wording) -
         ("0,1", ["nvhost-gpu"], True),
     ],
 )
-def test_the_gpus_that_were_asked_for_are_counted(
-    tmp_path: Path, asked: str, there: list[str], enough: bool, wording: Wording
-) -> None:
+def test_the_gpus_that_were_asked_for_are_counted(tmp_path, asked, there, enough, wording) -> None:
     for name in there:
         (tmp_path / name).touch()
     expected = handover.expectations({}, asked)

@@ -1,7 +1,5 @@
 """What the action asks of its inputs: all wrong ones named at once, empty ones have defaults, paths have no links."""
 
-from __future__ import annotations
-
 import os
 import re
 from pathlib import Path
@@ -27,9 +25,7 @@ def test_the_defaults_are_good(environ: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("config", "said"), [("none.yml", "is not there (does actions/checkout come"), (".", "is a directory")]
 )
-def test_a_config_that_is_no_file_is_told_what_it_is(
-    config: str, said: str, environ: dict[str, str], wording: Wording
-) -> None:
+def test_a_config_that_is_no_file_is_told_what_it_is(config, said, environ, wording) -> None:
     with pytest.raises(UsageError) as caught:
         action.read_inputs(asked(environ, config=config))
     wording(caught.value)
@@ -142,9 +138,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
-def test_a_wrong_input_is_named_with_what_was_expected(
-    environ: dict[str, str], name: str, value: str, wording: Wording
-) -> None:
+def test_a_wrong_input_is_named_with_what_was_expected(environ, name, value, wording) -> None:
     given = {name.replace("-", "_"): value, **({"config": ""} if name == "adapters" else {})}
     with pytest.raises(UsageError) as raised:
         action.read_inputs(asked(environ, **given))

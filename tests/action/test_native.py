@@ -1,7 +1,5 @@
 """The gate as a child process of the step."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -119,9 +117,7 @@ def test_an_older_python_is_a_sentence(run: ContainerRun, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("obeys", [True, False])
-def test_a_signal_stops_the_gate_whether_it_obeys_or_not(
-    run: ContainerRun, python: Path, monkeypatch: pytest.MonkeyPatch, obeys: bool
-) -> None:
+def test_a_signal_stops_the_gate_whether_it_obeys_or_not(run, python, monkeypatch, obeys) -> None:
     trap = "trap 'echo stopped; exit 3' TERM" if obeys else "trap '' TERM"
     python.write_text(f'#!/bin/sh\n[ "$2" = "-c" ] && exit 0\n{trap}\necho $$\nwhile :; do sleep 0.05; done\n')
     monkeypatch.setattr(step, "STOP_GRACE_S", 20.0 if obeys else 0.2)

@@ -1,7 +1,5 @@
 """When the step says pass: exit code and finished report agree, and the report agrees with itself."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable
@@ -55,9 +53,7 @@ def decided(place: Path, code: int, found: object, **more: Any) -> outcome.StepO
         (0, "{", "error"),
     ],
 )
-def test_pass_and_fail_need_exit_code_and_finished_report(
-    tmp_path: Path, code, found, result, wording: Wording
-) -> None:
+def test_pass_and_fail_need_exit_code_and_finished_report(tmp_path, code, found, result, wording) -> None:
     said = decided(tmp_path, code, found)
     assert said.result == result
     assert bool(said.problem) is (said.result == "error" and (code, found) != (3, report("error")))

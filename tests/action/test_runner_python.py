@@ -1,7 +1,5 @@
 """The runner's own Python: the oldest that is promised runs merge_gate.action, with the standard library alone."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

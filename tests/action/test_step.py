@@ -1,7 +1,5 @@
 """The action's first step: what it asks of its inputs, when it says pass, and what it leaves behind."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -138,9 +136,7 @@ def test_outputs_that_cannot_be_written_fail_the_step(environ: dict[str, str]) -
     assert "/nowhere/output" in log
 
 
-def test_a_crash_of_the_step_itself_is_an_error_with_outputs(
-    environ: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_crash_of_the_step_itself_is_an_error_with_outputs(environ, monkeypatch, capsys) -> None:
     def crash(*_: object) -> None:
         raise ZeroDivisionError("by nought")
 
@@ -336,17 +332,13 @@ def test_a_fork_without_a_token_is_told_why_nothing_was_judged(
         ({"config": "", "adapters": "acme/lora"}, "title"),
     ],
 )
-def test_only_a_configuration_is_annotated_at_its_lines(
-    environ: dict[str, str], capsys: pytest.CaptureFixture[str], given: dict[str, str], place: str
-) -> None:
+def test_only_a_configuration_is_annotated_at_its_lines(environ, capsys, given, place) -> None:
     publish(environ, StepOutcome("fail", report("fail")), **given)
     assert f"::error {place}=a failed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("fail_on", "conclusion"), [("warning", "failure"), ("failed", "success")])
-def test_a_warning_that_fails_the_job_is_annotated(
-    environ: dict[str, str], capsys: pytest.CaptureFixture[str], fail_on: str, conclusion: str
-) -> None:
+def test_a_warning_that_fails_the_job_is_annotated(environ, capsys, fail_on, conclusion) -> None:
     found = report("pass")
     warning = {"check": "headroom", "severity": "warning", "message": "m", "hint": None, "tensor": None}
     found["adapters"][0]["findings"] = [warning]
@@ -366,9 +358,7 @@ def test_without_a_verdict_nothing_has_passed(environ: dict[str, str], problem: 
     assert (said["passed"], bool(said["summary"])) == (passed, not problem)
 
 
-def test_a_server_without_artifacts_keeps_the_report(
-    environ: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_server_without_artifacts_keeps_the_report(environ, capsys) -> None:
     on_premises = {**environ, "GITHUB_SERVER_URL": "https://github.acme.example"}
     publish(on_premises, StepOutcome("pass", report("pass")))
     assert outputs(environ)["upload"] == "false"

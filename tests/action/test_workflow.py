@@ -1,7 +1,5 @@
 """What reaches the runner: no foreign line is a command, and what is ours arrives decoded."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

@@ -1,10 +1,9 @@
 """What is bounded: values, adapters, problems that are told; and that both of PyYAML's parsers read the same."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from functools import reduce
 from operator import getitem
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import yaml
@@ -16,15 +15,10 @@ from merge_gate.config.from_arguments import config_of
 from merge_gate.config.load_config import load_config
 from merge_gate.config.model import MAX_ADAPTERS
 from merge_gate.config.yaml_document import KEY, MAX_DEPTH, MAX_LISTED, MAX_VALUES, Loc, YamlDocument, read_yaml
+from merge_gate.records.config import Config
 from tests.support.config.invalid import HEAD, WRONG
 from tests.support.properties import examples
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from merge_gate.records.config import Config
 
 
 def load(place: Path, text: str) -> Config:

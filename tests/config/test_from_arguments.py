@@ -1,16 +1,14 @@
 """Adapters named on the command line, and a first file: the same configuration as a file that says it."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import yaml
@@ -24,9 +22,6 @@ from merge_gate.records.config import ALL_WEIGHTS, COMMAND_LINE, Config
 from merge_gate.records.files import WEIGHTS_NAME
 from merge_gate.records.terms import Quantization
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 
 @pytest.fixture
@@ -259,9 +254,7 @@ def test_a_first_config_pins_bases_that_are_here(here: Path) -> None:
         (".", "checkpoint-5", "./checkpoint-5"),
     ],
 )
-def test_a_first_config_names_directories_from_here(
-    current: str, named: str, listed: str, here: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_first_config_names_directories_from_here(current, named, listed, here, monkeypatch) -> None:
     for name in ("support/checkpoint-5", "checkpoint-5"):
         (here / name).mkdir()
     (here / "checkpoint-5/adapter_config.json").write_text("{}")

@@ -2,8 +2,6 @@
 
 # ruff: noqa: E501 (a problem stands in one line, as it is printed)
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -424,9 +422,7 @@ assert len(DOCUMENTS) >= 10
 
 
 @pytest.mark.parametrize("text", DOCUMENTS)
-def test_examples_and_documentation_are_valid(
-    place: Path, validator: jsonschema.Draft202012Validator, text: str
-) -> None:
+def test_examples_and_documentation_are_valid(place, validator, text) -> None:
     validator.validate(plain(text))
     assert load(place, text).adapters
 

@@ -3,8 +3,6 @@
 UPDATE_GOLDENS=1 writes it again.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os
@@ -246,9 +244,7 @@ def test_messages_of_configurations(laid: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["none", "z" * 201])
-def test_a_file_that_is_a_broken_link(
-    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch, wording: Wording
-) -> None:
+def test_a_file_that_is_a_broken_link(tmp_path, target, monkeypatch, wording) -> None:
     monkeypatch.chdir(tmp_path)
     Path("gate.yml").symlink_to(target)
     with pytest.raises(ConfigError) as caught:

@@ -3,13 +3,11 @@
 Sixteen kinds of them, which old gates failed, passed or misnamed, are merged by plain PEFT too, in three dtypes.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -23,9 +21,6 @@ from tests.support.corpus import hold
 from tests.support.gating import Gate, one_thread
 from tests.support.merged import kept
 from tests.support.models import read_config, to_pickle, write_config
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 HERE = Path(__file__).parent
 ADAPTERS = sorted(path.parent for path in HERE.glob("adapters/*/*/merged.json"))

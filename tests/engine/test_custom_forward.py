@@ -4,8 +4,6 @@ Each adapter of `OTHERWISE` computes another thing once PEFT has merged it; each
 layers, does not, and must pass.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,9 +182,7 @@ def test_the_dropout_of_a_combination_draws_nothing(tmp_path: Path) -> None:
     ],
     ids=["untrained", "NaN in the file"],
 )
-def test_the_cause_on_such_a_layer_is_that_of_any(
-    row: Row, part: str, factor: float, cause: str, tmp_path: Path
-) -> None:
+def test_the_cause_on_such_a_layer_is_that_of_any(row, part, factor, cause, tmp_path) -> None:
     trained(row, tmp_path)
     edit(lambda tensors: {k: v * factor if part in k else v for k, v in tensors.items()})(tmp_path / "adapter")
     judgement = judged(tmp_path)

@@ -3,8 +3,6 @@
 Each adapter of `UNREAD` computes one thing as it was trained and another when it is merged; each of `READ` does not.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -203,9 +201,7 @@ def test_what_merges_as_it_was_trained_is_not_told(name: str, dtype: torch.dtype
 
 
 @pytest.mark.parametrize("name", ["siglip-fourierft", "mamba-fourierft"])
-def test_without_a_run_only_torchs_attention_is_reported(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_run_only_torchs_attention_is_reported(name, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(direct_reads, "MOST_CALLS", 0)
     base, config, *_ = UNREAD[name]
     one = trained(tmp_path, base, config())

@@ -1,7 +1,5 @@
 """adapter_config.json as a record: each value where the later stages look for it, and as PEFT reads the same text."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import pickle

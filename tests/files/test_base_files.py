@@ -1,12 +1,11 @@
 """What a base's files say without torch: files that are loaded, contradictions, and formats that are refused."""
 
-from __future__ import annotations
-
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -15,14 +14,10 @@ from merge_gate._internal.errors import ResolveError
 from merge_gate.files.base_files import read_base
 from merge_gate.files.base_formats import JUDGED, KNOWN_NAMES
 from merge_gate.files.resolve import base_weight_files, resolve_base
+from merge_gate.records.files import BaseFiles
 from tests.support.files.base_directories import GPTQ, INDEX, LAYER, MODEL, PLAIN, Shape, index, lay, plus, safetensors
 from tests.support.files.pickles import read_pickle
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from merge_gate.records.files import BaseFiles
-    from tests.support.wording import Wording
+from tests.support.wording import Wording
 
 INCOMPLETE, INCONSISTENT, FORMAT = "base-incomplete", "base-inconsistent", "base-format"
 FP8 = {"quant_method": "fp8", "weight_block_size": [4, 4]}
@@ -370,9 +365,7 @@ def test_a_head_that_predicts_several_tokens_is_not_of_the_model(head: str, tmp_
         ("quanto_qmap.json", {}, "quanto"),
     ],
 )
-def test_a_declaration_that_transformers_does_not_read(
-    file: str, content: dict[str, Any], method: str, tmp_path: Path
-) -> None:
+def test_a_declaration_that_transformers_does_not_read(file, content, method, tmp_path) -> None:
     parts = {"gptq": GPTQ, "modelopt": {"weight": F8, "weight_scale": ("F32", ())}, "quanto": REFUSED["quanto"][0]}
     declared = {file: json.dumps(content).encode()}
     base = read(tmp_path, declared | {MODEL: safetensors(plus(**parts[method]))})

@@ -1,11 +1,11 @@
 """`merge-gate check` and the gate look at a base's files before anything is loaded: verdicts, exit codes, no torch."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,10 +16,6 @@ from merge_gate.run import view as views
 from merge_gate.run.checked_files import check_files
 from merge_gate.run.flow import run_gate
 from tests.support.files.base_directories import GPTQ, MODEL, PLAIN, lay, plus, safetensors
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
 
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 4400000000\n"
 

@@ -1,21 +1,14 @@
 """Files that are read in pieces, or as a JSON object, and whatever a hostile directory holds in their place."""
 
-from __future__ import annotations
-
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from merge_gate._internal.errors import SourceError
 from merge_gate.files.feed import PIECE_BYTES, Feed, LocalFeed
 from merge_gate.files.json_object import read_as_transformers
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
 
 CONTENT = bytes(range(256)) * 64
 

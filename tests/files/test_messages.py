@@ -3,8 +3,6 @@
 UPDATE_GOLDENS=1 writes it again.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import socket

@@ -1,7 +1,5 @@
 """What an adapter's files say without torch: every check, healthy variants, the safetensors library as oracle."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import io
@@ -11,7 +9,8 @@ import re
 import shutil
 import subprocess
 import time
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +31,8 @@ from merge_gate.files.headers import (
 )
 from merge_gate.files.identity import identity_of
 from merge_gate.files.preflight import preflight
-from merge_gate.records.files import EXPORT_NAME
+from merge_gate.records.files import EXPORT_NAME, AdapterFiles, StoredTensor
+from merge_gate.records.terms import Finding
 from tests.support.files.adapter_files import (
     CONFIG,
     CONFIG_NAME,
@@ -47,16 +47,9 @@ from tests.support.files.adapter_files import (
     pack,
     weights,
 )
-from tests.support.models import VARIANTS
+from tests.support.models import VARIANTS, Shelf
 from tests.support.properties import examples
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.records.files import AdapterFiles, StoredTensor
-    from merge_gate.records.terms import Finding
-    from tests.support.models import Shelf
-    from tests.support.wording import Wording
+from tests.support.wording import Wording
 
 NEWLINES = {
     name: {"dtype": "F32", "shape": [4, 4], "data_offsets": [at, at + 64]} for name, at in ((LORA_A, 0), (LORA_B, 64))
@@ -366,9 +359,7 @@ _METADATA = st.dictionaries(_NAME, st.text(max_size=2) | _NUMBER, max_size=2) | 
 
 @_SETTINGS
 @given(header=st.dictionaries(_NAME, _ENTRY | _METADATA, max_size=3), data=st.integers(0, 16), ascii_only=st.booleans())
-def test_what_the_library_refuses_is_refused(
-    header: dict[str, Any], data: int, ascii_only: bool, tmp_path: Path
-) -> None:
+def test_what_the_library_refuses_is_refused(header, data, ascii_only, tmp_path) -> None:
     raw = json.dumps(header, ensure_ascii=ascii_only).encode("utf-8", "surrogatepass")
     (tmp_path / "file").write_bytes(pack(raw, bytes(data)))
     if reads(tmp_path / "file"):
@@ -377,9 +368,7 @@ def test_what_the_library_refuses_is_refused(
 
 @_SETTINGS
 @given(edits=st.lists(st.tuples(st.integers(0, 400), st.binary(max_size=2), st.integers(0, 3)), min_size=1, max_size=3))
-def test_a_damaged_file_is_never_accepted_if_the_library_refuses(
-    edits: list[tuple[int, bytes, int]], tmp_path: Path
-) -> None:
+def test_a_damaged_file_is_never_accepted_if_the_library_refuses(edits, tmp_path) -> None:
     content = weights(SHAPES)
     for place, insert, removed in edits:
         content = content[:place] + insert + content[place + removed :]
@@ -408,9 +397,7 @@ def _sound_headers(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
 
 @_SETTINGS
 @given(sound=_sound_headers(), padding=st.integers(0, 9))
-def test_sound_files_are_accepted_as_the_library_does(
-    sound: tuple[dict[str, Any], int], padding: int, tmp_path: Path
-) -> None:
+def test_sound_files_are_accepted_as_the_library_does(sound, padding, tmp_path) -> None:
     header, size = sound
     path = tmp_path / "file"
     path.write_bytes(pack(json.dumps(header).encode() + b" " * padding, bytes(size)))

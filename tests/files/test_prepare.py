@@ -1,25 +1,20 @@
 """Names become files: each adapter and base is read once, and what goes wrong is a finding of that adapter alone."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from merge_gate.config.load_config import load_config
 from merge_gate.files import resolve
 from merge_gate.files.resolve import Fetching, Inputs
+from merge_gate.records.config import AdapterSpec
+from merge_gate.records.files import Entry
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
-    from merge_gate.records.config import AdapterSpec
-    from merge_gate.records.files import Entry
 
 NO_TENSORS = b"\x02\0\0\0\0\0\0\0{}"
 CONFIG = {"peft_type": "LORA", "r": 4, "target_modules": ["q"], "base_model_name_or_path": "./base"}
@@ -72,9 +67,7 @@ def test_an_adapter_and_the_base_that_it_names(place: Path) -> None:
     assert one.base.name == "./base", "as the adapter names it: a report has no path of this machine that nobody wrote"
 
 
-def test_a_base_that_the_adapter_names_is_by_a_linked_config(
-    place: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_a_base_that_the_adapter_names_is_by_a_linked_config(place, tmp_path_factory) -> None:
     """As the adapters that it lists: the directory of the link counts, not that of its target."""
     prepared(place, "./one")
     target = tmp_path_factory.mktemp("elsewhere") / "gate.yml"

@@ -4,8 +4,6 @@ Everything that touches the Hub runs in a process of its own in a scrubbed envir
 HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE once, when it is imported.
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -14,9 +12,9 @@ import shutil
 import ssl
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -35,9 +33,6 @@ from tests.support.command import PATIENCE_S, wait_until
 from tests.support.files.pickles import packed
 from tests.support.hub import LoopbackHub
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
 
 CLIENT = """
 import json, sys, time
@@ -307,9 +302,7 @@ def test_a_pickle_is_left_on_the_hub_unless_allowed(hub: LoopbackHub, client: Cl
 
 
 @pytest.mark.parametrize("why", ["huggingface_hub 1", "its list is gone"])
-def test_a_cache_that_does_not_know_what_the_repository_holds(
-    hub: LoopbackHub, client: Client, why: str, wording: Wording
-) -> None:
+def test_a_cache_that_does_not_know_what_the_repository_holds(hub, client, why, wording) -> None:
     """What is not there may be missing in the repository or in the cache; what is there is enough."""
     hub.add_repo("acme/lora", ADAPTER)
     hub.add_repo("acme/pickled", {"adapter_config.json": CONFIG, "adapter_model.bin": b"PK\x03\x04"})
@@ -500,9 +493,7 @@ def test_a_download_that_breaks_off_is_completed(hub: LoopbackHub, client: Clien
 
 
 @pytest.mark.parametrize("kind", ["cut", pytest.param("stall", marks=pytest.mark.slow), "short"])
-def test_a_download_that_always_breaks_off_is_a_sentence(
-    hub: LoopbackHub, client: Client, kind: str, wording: Wording
-) -> None:
+def test_a_download_that_always_breaks_off_is_a_sentence(hub, client, kind, wording) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     hub.damage("/cdn/", kind)
     wording(client.adapter("acme/lora", HF_HUB_DOWNLOAD_TIMEOUT="1")["error"])
@@ -511,9 +502,7 @@ def test_a_download_that_always_breaks_off_is_a_sentence(
 
 @pytest.mark.parametrize(("name", "kind"), [("adapter_model.safetensors", "SHA-256"), ("adapter_config.json", "git")])
 @pytest.mark.attempt("S01j", "a download with other bytes than the Hub lists", "error, and the file leaves the cache")
-def test_other_bytes_than_those_that_are_listed_leave_the_cache(
-    hub: LoopbackHub, client: Client, name: str, kind: str, wording: Wording
-) -> None:
+def test_other_bytes_than_those_that_are_listed_leave_the_cache(hub, client, name, kind, wording) -> None:
     hub.add_repo("acme/lora", ADAPTER)
     hub.damage(f"(cdn|resolve).*{name}", "other", times=1)
     error = client.adapter("acme/lora")["error"]
@@ -596,9 +585,7 @@ def test_a_defect_is_not_hidden_as_a_network_problem() -> None:
     ],
     ids=["unset", "set"],
 )
-def test_what_a_variable_says_of_the_library_stays(
-    client: Client, said: dict[str, str], are_off: bool, timeout_s: int
-) -> None:
+def test_what_a_variable_says_of_the_library_stays(client, said, are_off, timeout_s) -> None:
     code = (
         "from merge_gate.files import hub; from huggingface_hub import utils;"
         "hub._set_up_library(); print(utils.are_progress_bars_disabled(), hub.constants.HF_HUB_DOWNLOAD_TIMEOUT)"

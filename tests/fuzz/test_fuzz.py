@@ -1,7 +1,5 @@
 """The parsers of what strangers write stand any bytes: those that are kept, and a minute of others."""
 
-from __future__ import annotations
-
 import argparse
 import re
 import subprocess
@@ -41,9 +39,7 @@ def test_mutated_inputs_never_crash(name: str, how_long: tuple[str, ...], tmp_pa
     assert not [*tmp_path.iterdir()]
 
 
-def test_an_input_that_brings_a_parser_down_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_input_that_brings_a_parser_down_is_kept(tmp_path, monkeypatch, capsys) -> None:
     def parser(data: bytes) -> None:
         if b"lora" not in data:
             raise ZeroDivisionError

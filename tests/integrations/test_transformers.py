@@ -1,7 +1,5 @@
 """`GateCallback` at the end of a real training run of a tiny model."""
 
-from __future__ import annotations
-
 import logging
 from pathlib import Path
 from typing import Any
@@ -60,9 +58,7 @@ def test_a_trained_adapter_passes(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("on_failure", ["raise", pytest.param("log", marks=pytest.mark.slow)])
-def test_a_diverged_training_run_is_an_error(
-    on_failure: Any, base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, wording: Wording
-) -> None:
+def test_a_diverged_training_run_is_an_error(on_failure, base, tmp_path, caplog, wording) -> None:
     """Its learning rate makes every trained weight NaN."""
     callback = GateCallback(on_failure=on_failure, base=base)
     run = trainer(base, tmp_path / "support", callback, learning_rate=float("inf"))
@@ -126,9 +122,7 @@ def test_an_output_directory_of_any_name_works(name: str, base: Path, tmp_path: 
 @pytest.mark.attempt("Y06b", "a report of another tool in GateCallback's folder, with on_failure='log'", "logged")
 @pytest.mark.attempt("Y06c", "a base that is removed during the training, with on_failure='log'", "logged")
 @pytest.mark.attempt("Y06d", "a model without an adapter, with on_failure='log'", "logged")
-def test_no_error_of_the_gate_ends_a_program_that_logs(
-    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_no_error_of_the_gate_ends_a_program_that_logs(base, tmp_path, caplog) -> None:
     moved = tmp_path / "base"
     moved.symlink_to(base)
     callback = GateCallback(on_failure="log", base=moved)

@@ -1,24 +1,18 @@
 """The gate knows its own files by their tag alone, moves them when a run begins, and never touches another file."""
 
-from __future__ import annotations
-
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from merge_gate._internal.earlier_reports import is_own, locked_for_run
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.output_files import TAG_WITHIN_BYTES
+from merge_gate.records.report import Report
 from merge_gate.report.stored.report_files import FORMATS, write_report, write_text
 from merge_gate.report.stored.stored_report import stored
 from tests.support.reports import EMPTY, FAIL, PASS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from merge_gate.records.report import Report
 
 OWN = FORMATS["report.json"](PASS)
 

@@ -1,7 +1,5 @@
 """Signals and the time limit end a wait once; handlers are as before afterwards."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

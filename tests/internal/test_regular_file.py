@@ -1,7 +1,5 @@
 """Files and directories: only regular ones are opened, written whole or not at all, and held by one process."""
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import os
@@ -11,7 +9,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -24,9 +21,6 @@ from merge_gate._internal.regular_file import (
 )
 from merge_gate._internal.whole_file import whole_file
 from tests.support.wording import Wording
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def plant_link(path: Path) -> None:
@@ -49,9 +43,7 @@ def plant_socket(path: Path) -> None:
         pytest.param(lambda path: path.symlink_to("/dev/null"), True, id="device"),
     ],
 )
-def test_other_kinds_are_refused_by_name(
-    tmp_path: Path, plant: Callable[[Path], None], follow: bool, wording: Wording
-) -> None:
+def test_other_kinds_are_refused_by_name(tmp_path, plant, follow, wording) -> None:
     plant(tmp_path / "file")
     with pytest.raises(NotRegularFileError) as caught:
         open_regular_file(tmp_path / "file", follow=follow)
@@ -66,9 +58,7 @@ def test_a_link_is_followed_on_request(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("plant", "number"), [(plant_link, errno.ELOOP), (os.mkfifo, errno.EINVAL)])
-def test_a_file_replaced_between_look_and_opening_is_refused(
-    tmp_path: Path, plant: Callable[[Path], None], number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_replaced_between_look_and_opening_is_refused(tmp_path, plant, number, monkeypatch) -> None:
     path, look = tmp_path / "file", os.stat
     path.write_bytes(b"12345")
 

@@ -1,7 +1,5 @@
 """Strict JSON: one reading, or an error that says why not."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """What a reader does not see, and how foreign text and lists stand in a sentence."""
 
-from __future__ import annotations
-
 import os
 import sys
 import unicodedata

@@ -1,7 +1,5 @@
 """What an adapter's files say decides whether PEFT may see it, whatever the configuration makes of the finding."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -64,9 +62,7 @@ def test_what_the_load_finds_again_may_load_if_it_is_no_error(check: str) -> Non
         (AdapterConfig(digest="0" * 64), None, Severity.ERROR, ["config-invalid", "not-judged"]),
     ],
 )
-def test_a_config_that_cannot_be_read_is_not_blamed_for_its_base(
-    config: AdapterConfig, base: str | None, severity: Severity, expected: list[str]
-) -> None:
+def test_a_config_that_cannot_be_read_is_not_blamed_for_its_base(config, base, severity, expected) -> None:
     bad = entry("config-invalid", severity)
     bad = replace(
         bad,

@@ -1,11 +1,9 @@
 """Several checks together: what their settings do, and who is blamed. tests/judging/checks/ has each by itself."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
+from collections.abc import Iterator
 from itertools import permutations
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -40,12 +38,7 @@ from tests.support.judging.cases import (
     with_settings,
 )
 from tests.support.judging.every_check import GOLDENS, TESTS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.support.wording import Wording
-
+from tests.support.wording import Wording
 
 OTHER_BASE = {"base_model_name_or_path": "acme/mistral"}
 """What fires base-mismatch on `NAMED`."""

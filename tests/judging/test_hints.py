@@ -1,7 +1,5 @@
 """Words for names of tensors, files, and releases that are not as they should be, and figures in sentences."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,11 +1,10 @@
 """`delta-norm` on real merges: weights that are nearly zero in the base, and adapters that exploded."""
 
-from __future__ import annotations
-
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,22 +19,15 @@ from merge_gate.engine.base.skeleton import skeleton_of
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.all_checks import judge_merge, measure_options
-from merge_gate.records.terms import Quantization, Severity
+from merge_gate.records.terms import Finding, Quantization, Severity
 from tests.support import methods
 from tests.support.engine import architectures
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.engine.merges import runs
 from tests.support.gating import SPEC, Gate
-from tests.support.models import make_adapter, read_tensors, write_tensors
+from tests.support.models import Shelf, make_adapter, read_tensors, write_tensors
 from tests.support.verify.merges import weights_of, write_weights
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from merge_gate.records.terms import Finding
-    from tests.support.models import Shelf
 
 
 def loaded(base: Path, adapter: Path, quantization: Quantization = Quantization.NONE) -> Base:

@@ -1,7 +1,5 @@
 """What the policies set, which known failures are accepted, and how much of a finding a report holds."""
 
-from __future__ import annotations
-
 import dataclasses
 import datetime as dt
 import hashlib

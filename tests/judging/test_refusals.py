@@ -1,14 +1,12 @@
 """Refusals whose words are of no check's module. Those of a check are in its own tests."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import pickle
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -27,9 +25,7 @@ from merge_gate.records.terms import Origin, Verdict
 from merge_gate.worker.protocol import refusal_of
 from tests.support.judging.cases import evidence, files, reason, spec
 from tests.support.judging.every_check import GOLDENS
-
-if TYPE_CHECKING:
-    from tests.support.wording import Wording
+from tests.support.wording import Wording
 
 SOURCE = Path(not_judged.__file__).parents[1]
 DOCS = Path(__file__).parents[2] / "docs" / "reference/methods.md"
@@ -285,9 +281,7 @@ def test_a_fact_that_cannot_be_worded_costs_its_own_adapter_only(wording: Wordin
         pytest.param(PACKED | {"is_incomplete": True, "method": "IA3"}, False, id="documented-and-incomplete"),
     ],
 )
-def test_an_exception_of_peft_is_the_adapters_on_a_plain_base(
-    step: str, settings: dict[str, Any], is_of_adapter: bool
-) -> None:
+def test_an_exception_of_peft_is_the_adapters_on_a_plain_base(step, settings, is_of_adapter) -> None:
     finding = refused(raised(step, **settings))
     assert finding.check == ("not-mergeable" if is_of_adapter else NOT_JUDGED)
     assert (finding.origin is OF_BASE) is not is_of_adapter

@@ -1,7 +1,5 @@
 """Findings and coverage → verdict: nothing vacuous passes, and nothing that is not finite, whatever the settings."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -57,9 +55,7 @@ WARNING, NOTE, BROKEN_BASE = (
         ((BROKEN_BASE, of_merge(Origin.BASE)), Verdict.ERROR, "base-incomplete"),
     ],
 )
-def test_the_first_error_that_is_the_adapters_decides(
-    found: tuple[Finding, ...], verdict: Verdict, cause: str | None
-) -> None:
+def test_the_first_error_that_is_the_adapters_decides(found, verdict, cause) -> None:
     assert decided(found, WHOLE) == (verdict, cause, found)
 
 
@@ -121,9 +117,7 @@ WARNED, FIRST, SECOND = finding("headroom", Severity.WARNING), finding("file-cor
         pytest.param("no-effect", (), None, id="none of none"),
     ],
 )
-def test_the_finding_that_decided_follows_from_the_cause(
-    cause: str, findings: tuple[Finding, ...], index: int | None
-) -> None:
+def test_the_finding_that_decided_follows_from_the_cause(cause, findings, index) -> None:
     read = dataclasses.replace(FAILED, cause=cause, findings=findings, decided_by=None)
     assert with_decision(read) == dataclasses.replace(read, decided_by=index)
 

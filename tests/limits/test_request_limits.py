@@ -1,11 +1,10 @@
 """A Hub on the loopback interface that drips, floods, and names places outside of the cache; reads that do not end."""
 
-from __future__ import annotations
-
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
@@ -23,10 +22,6 @@ from merge_gate.limits.timeout import within
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from tests.support.hub import LoopbackHub
 from tests.support.tried import tried
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 
 TENSORS = b"\x02\0\0\0\0\0\0\0{}"
 ADAPTER = {"adapter_config.json": b'{"peft_type": "LORA"}', "adapter_model.safetensors": TENSORS + bytes(100_000)}
@@ -170,9 +165,7 @@ LOCATIONS = ("file:///etc/passwd", "ftp://127.0.0.1/x", "javascript:alert(1)", "
 
 
 @pytest.mark.parametrize("location", tried("S04", "a redirect", "error at once", LOCATIONS))
-def test_a_redirect_that_leaves_the_web_fails_at_once(
-    location: str, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_redirect_that_leaves_the_web_fails_at_once(location, hub, monkeypatch) -> None:
     monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", PATIENCE_S)
     hub.file_headers = {"Location": location, "X-Linked-Size": "100", "X-Linked-ETag": '"' + "0" * 64 + '"'}
     assert refused(fetched, ResolveError) < 10
@@ -239,9 +232,7 @@ PAUSES = (
 
 
 @pytest.mark.parametrize("headers", tried("S10", "429", "bounded", {str(each)[:60]: each for each in PAUSES}))
-def test_a_pause_that_the_server_asks_for_is_bounded(
-    headers: dict[str, str], hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pause_that_the_server_asks_for_is_bounded(headers, hub, monkeypatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     hub.fail("/cdn/", 429, times=2, **headers)
@@ -254,9 +245,7 @@ def test_a_pause_that_the_server_asks_for_is_bounded(
 @pytest.mark.attempt("S14a", "refs/main in the cache leads out of it", "error offline")
 @pytest.mark.attempt("S14b", "refs/main in the cache is an absolute path", "error offline")
 @pytest.mark.attempt("S14c", "refs/main in the cache leads to a folder that is named like a commit", "error offline")
-def test_a_ref_of_the_cache_that_leads_elsewhere_is_refused(
-    hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_ref_of_the_cache_that_leads_elsewhere_is_refused(hub, tmp_path, monkeypatch) -> None:
     folder = fetched()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert fetched() == folder

@@ -1,7 +1,5 @@
 """Which names are Hub ids, and which are mistyped directories."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

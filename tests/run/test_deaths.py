@@ -4,16 +4,15 @@ The adapter at fault has a regular expression whose trial takes ten seconds. So 
 gets a signal, or when the memory of its cgroup is used up.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -29,11 +28,7 @@ from merge_gate.worker.protocol import DeviceChosen, Event, InProgress, MergeSta
 from tests.support.command import children_of
 from tests.support.e2e.limits import IS_V1, can_limit_memory, memory_limit
 from tests.support.faults import configure
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.support.models import Shelf
+from tests.support.models import Shelf
 
 ADAPTERS, AT_FAULT = 20, 5
 ENDLESS = "(([a-z0-9_.])+)+!"

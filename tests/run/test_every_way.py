@@ -1,29 +1,22 @@
 """A fleet on three bases, judged in every way: the same report except for times and marks."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
+from merge_gate.records.report import Report
 from tests.support.command import COMMAND, environment
 from tests.support.fleet_commands import FIRST, kill_in_the_middle, stored, ways
 from tests.support.small_fleet import BROKEN, VARIANTS, lay_fleet, same
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from merge_gate.records.report import Report
-    from tests.support.models import Shelf
 
 ADAPTERS = 240
 
 
 @pytest.mark.nightly
-def test_a_fleet_has_one_report_however_it_is_judged(shelf: Shelf, tmp_path: Path) -> None:
+def test_a_fleet_has_one_report_however_it_is_judged(shelf, tmp_path: Path) -> None:
     """Cold, warm, in four shards, and again after a kill -9; tests/features/ray/test_ray.py has Ray.
 
     Of many adapters, no model is run. test_shards.py, test_cache.py, and test_ray.py do that with a small fleet.

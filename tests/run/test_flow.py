@@ -1,8 +1,6 @@
 """The whole flow in one process but for the worker: where bases come from, what settings can and cannot do, what is
 written when, and what an accident costs."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json
@@ -10,8 +8,9 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -37,14 +36,9 @@ from merge_gate.worker.protocol import BaseLoaded, Event, Unjudged
 from tests.support.command import merge_gate, strict_json, wait_until
 from tests.support.faults import LFS_POINTER, both, configure, malicious_pickle, overwrite, poison, remove, rename
 from tests.support.hub import LoopbackHub
-from tests.support.models import to_pickle
+from tests.support.models import Shelf, to_pickle
 from tests.support.reports import PASS
 from tests.support.sampled import sampled
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from tests.support.models import Shelf
 
 WEIGHTS = "adapter_model.safetensors"
 OFF = "off"
@@ -115,9 +109,7 @@ def test_a_base_names_the_first_adapter_of_each_class(shelf: Shelf, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("device", "is_noted"), [("auto", True), ("cpu", False)])
-def test_a_card_that_torch_does_not_see_is_noted(
-    device: str, is_noted: bool, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_card_that_torch_does_not_see_is_noted(device, is_noted, shelf, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(flow, "has_card", lambda: True)
     notes: list[str] = []
     config = write(tmp_path, {"path": str(shelf.adapter("plain"))}, base={"model": str(shelf.base("llama"))})
@@ -286,9 +278,7 @@ def test_the_options_that_are_meant_can_go_to_a_shell(place: Path) -> None:
     assert caught.value.hint.endswith(" --only good --only '$(id)'")
 
 
-def test_only_a_combination_finds_its_members_though_its_base_has_no_digest(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_a_combination_finds_its_members_though_its_base_has_no_digest(place, monkeypatch) -> None:
     """A digest that cannot be taken costs the digest only."""
 
     def fail(*_: object) -> str:
@@ -401,9 +391,7 @@ def test_a_view_that_breaks_at_the_end_leaves_the_report(place: Path, tmp_path: 
     assert strict_json(tmp_path / "report.json")["complete"] is True
 
 
-def test_what_was_judged_is_on_disk_while_a_digest_is_taken(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_judged_is_on_disk_while_a_digest_is_taken(place, tmp_path, monkeypatch) -> None:
     seen: list[bool] = []
 
     zeros = {"model.safetensors": "0" * 64}
@@ -422,9 +410,7 @@ def test_what_was_judged_is_on_disk_while_a_digest_is_taken(
 
 
 @pytest.mark.parametrize("comes_back", sampled([True, False], [True]))
-def test_a_disk_that_gives_out_costs_no_verdict(
-    comes_back: bool, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_gives_out_costs_no_verdict(comes_back, place, tmp_path, monkeypatch) -> None:
     """Only the report is lost, if the disk stays full, and that is not wrong usage (exit code 3)."""
     broken: list[bool] = []
     judged: list[str] = []
@@ -457,9 +443,7 @@ def test_a_disk_that_gives_out_costs_no_verdict(
 
 
 @pytest.mark.slow
-def test_what_is_silent_is_named_and_each_hour_has_a_line(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_is_silent_is_named_and_each_hour_has_a_line(shelf, tmp_path, monkeypatch) -> None:
     """The first word comes at once here, and an hour is over as soon as it begins.
 
     `good` has the default limit, which is then that of the base's load too.
@@ -491,9 +475,7 @@ def _failing_for(name: str, function: Callable[..., Any], named: Callable[..., s
     return fail
 
 
-def test_an_accident_with_one_adapter_costs_that_adapter(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_accident_with_one_adapter_costs_that_adapter(shelf, tmp_path, monkeypatch) -> None:
     """While its files are read, before it is merged, and after that."""
     accidents = ("reading", "judging", "judging-the-merge")
     for name in ("good", *accidents):
@@ -538,9 +520,7 @@ def test_a_feature_that_cannot_be_released_keeps_no_other_one(place: Path) -> No
     assert sorted(released) == sorted(held)
 
 
-def test_a_base_that_transformers_loads_is_named_with_the_reason(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_base_that_transformers_loads_is_named_with_the_reason(place, tmp_path, monkeypatch) -> None:
     """Though it is larger than the memory, or on a network mount."""
     facts = BaseFacts(
         model="./b", revision=None, dtype="float32", quantization=Quantization.NONE, no_skeleton="an odd\nclass"
@@ -618,9 +598,7 @@ def test_no_verdict_stands_on_a_base_that_changes(moment: str, meddled: dict[str
     assert any("changed" in one.message for one in first.findings), told(first)
 
 
-def test_no_verdict_is_stored_under_the_digest_of_another_base(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_verdict_is_stored_under_the_digest_of_another_base(shelf, tmp_path, monkeypatch) -> None:
     """The base is exchanged after it was loaded and before it is hashed, so its digest is not that of the merge."""
     shutil.copytree(shelf.base("llama"), tmp_path / "base")
     lay(tmp_path, shelf, "good")

@@ -1,7 +1,5 @@
 """Which entries share a load, and which bases this process reads for the worker."""
 
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -98,9 +96,7 @@ def test_the_time_limit_grows_with_the_base_unless_it_is_given(tmp_path: Path) -
     ("forward", "is_run", "is_run_if_streamed"),
     [(ForwardMode.AUTO, True, False), (ForwardMode.OFF, False, False), (ForwardMode.REQUIRED, True, True)],
 )
-def test_the_models_of_a_streamed_base_are_run_only_if_required(
-    forward: ForwardMode, is_run: bool, is_run_if_streamed: bool, tmp_path: Path
-) -> None:
+def test_the_models_of_a_streamed_base_are_run_only_if_required(forward, is_run, is_run_if_streamed, tmp_path) -> None:
     for is_streamed, expected in ((False, is_run), (True, is_run_if_streamed)):
         one = entry(tmp_path)
         base = replace(one.base, base_files=BaseFiles(directory=str(tmp_path), is_streamed=is_streamed))  # type: ignore[type-var]

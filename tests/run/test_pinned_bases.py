@@ -1,7 +1,5 @@
 """A base that is pinned by its digests: another one of the same shape never passes. The worker is played."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """What `--plan` says: how each base would be read, what would be downloaded and written. Nothing of that is done."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,9 +7,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -26,13 +25,9 @@ from merge_gate.worker.memory import MemoryGroup
 from tests.support.command import PATIENCE_S, children_of, environment, merge_gate
 from tests.support.faults import LFS_POINTER, overwrite, poison
 from tests.support.hub import LoopbackHub
+from tests.support.models import Shelf
 from tests.support.reports import PASS
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from tests.support.models import Shelf
-    from tests.support.wording import Wording
+from tests.support.wording import Wording
 
 BASE = "acme/llama"
 

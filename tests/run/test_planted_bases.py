@@ -1,18 +1,14 @@
 """A run over bases of which one brings code that speaks for the worker: it reaches no verdict on another base."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from tests.support.command import merge_gate, strict_json
 from tests.support.faults import poison
-
-if TYPE_CHECKING:
-    from tests.support.models import Shelf
+from tests.support.models import Shelf
 
 BASES = "first", "liar", "intruder", "last"
 SPEAKS_FOR = {"liar": (1, 3, 0), "intruder": (3, 0)}

@@ -1,7 +1,5 @@
 """A base on the Hub is judged without a download: same verdicts as from the disk, or an error that says why not."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import signal
@@ -9,17 +7,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from tests.support.command import Answer, merge_gate, start, strict_json, wait_until
 from tests.support.faults import LFS_POINTER, overwrite, poison
 from tests.support.hub import LoopbackHub
-from tests.support.models import read_tensors, write_tensors
-
-if TYPE_CHECKING:
-    from tests.support.models import Shelf
+from tests.support.models import Shelf, read_tensors, write_tensors
 
 BASE, TOKEN = "acme/llama", "hf_loopback"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")

@@ -1,7 +1,5 @@
 """The command's streams: closed, full, without a reader or in a poor encoding, none of which may end a run."""
 
-from __future__ import annotations
-
 import io
 import os
 import sys

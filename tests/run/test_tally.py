@@ -1,26 +1,20 @@
 """A report that is written while a run goes on: at a bounded share of the time, and again after a disk was full."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from merge_gate._internal.errors import ExitCode, GateError, UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
+from merge_gate.records.report import Report
 from merge_gate.run import tally
 from merge_gate.run.tally import PAUSE_RATIO, PROVISIONAL_FORMATS, SENT_EVERY_S, ReportWriter
 from merge_gate.run.view import View
 from tests.support.reports import EMPTY, FAIL, PASS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from merge_gate.records.report import Report
-    from tests.support.wording import Wording
-
+from tests.support.wording import Wording
 
 ALL = {one.name for one in OUTPUT_FILES}
 COST_S = 2.0

@@ -1,7 +1,5 @@
 """The key: whatever can change a verdict changes it, and nothing else does."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable
 from dataclasses import fields, replace

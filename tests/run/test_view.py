@@ -1,7 +1,5 @@
 """The view of a run: which view for which streams, what each shows, and that no name or encoding can break it."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import io

@@ -1,7 +1,5 @@
 """The lines between the run and its worker, with the other side as an enemy: events, exceptions, calls of features."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import pickle
@@ -10,7 +8,6 @@ import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -24,9 +21,6 @@ from merge_gate.worker.call_service import InvalidCallError, Service
 from merge_gate.worker.channel import MAX_BYTES, CallChannel, Channel, GarbledError
 from merge_gate.worker.protocol import Answer, Finished, Idle, MergeStarted, Unjudged, refusal_of
 from tests.support.call_ends import Ends, open_files, wait_until
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.fixture
@@ -76,9 +70,7 @@ class Evil:
         b"",
     ],
 )
-def test_nothing_but_records_is_made_of_a_message(
-    data: bytes, line: tuple[Channel, socket.socket], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nothing_but_records_is_made_of_a_message(data, line, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     channel, theirs = line
     theirs.sendall(struct.pack("!Q", len(data)) + data)

@@ -1,7 +1,5 @@
 """One answer for each task, the trial of expressions, and which groups of a job the worker judges together."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What the system's files tell of memory, in both versions of the kernel's account, and of the device."""
 
-from __future__ import annotations
-
 import ctypes
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,9 +50,7 @@ def lay(root: Path, files: dict[str, str]) -> None:
     ],
     ids=["version 2", "version 1", "a container, which sees its own group as the root"],
 )
-def test_the_kernels_account(
-    files: dict[str, str], kills: int, max_bytes: int | None, peak_bytes: int | None, tmp_path: Path
-) -> None:
+def test_the_kernels_account(files, kills, max_bytes, peak_bytes, tmp_path) -> None:
     lay(tmp_path, files)
     group = MemoryGroup(tmp_path / "proc", tmp_path / "sys")
     assert (group.kills(), group.max_bytes(), group.peak_bytes()) == (kills, max_bytes, peak_bytes)

@@ -1,26 +1,20 @@
 """The worker lists pickled weights before it gets its job, with torch's restricted unpickler."""
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.files.headers import parse_file
+from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import Refusal
 from merge_gate.worker.supervisor import WorkerSlot
 from tests.support.command import children_of
 from tests.support.files.pickles import Call
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
-
-    from merge_gate.records.files import StoredTensor
-    from tests.support.models import Shelf
+from tests.support.models import Shelf
 
 
 @pytest.fixture(scope="module")

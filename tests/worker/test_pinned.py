@@ -1,7 +1,5 @@
 """Files that are exchanged or written to under a merge: each way in which other bytes could be certified."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """The worker process as its parent starts it: what it sees, what it may import, and how its end is told."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -23,7 +21,6 @@ from merge_gate.worker.protocol import Event, Finished, Idle, Job
 from merge_gate.worker.supervisor import Attempt
 from tests.support.command import alive, environment, merge_gate, strict_json, wait_until
 from tests.support.played_worker import other_workers
-from tests.support.wording import Wording
 
 # --- what the child sees ---------------------------------------------------------------------------------------------
 
@@ -104,9 +101,7 @@ def test_a_module_in_the_checkout_is_never_imported(tmp_path: Path) -> None:
         (1, b"the GPU failed: CUDA error: device-side assert triggered\n", None),
     ],
 )
-def test_how_a_child_ended_is_said(
-    code: int, output: bytes, memory: str | None, tmp_path: Path, wording: Wording
-) -> None:
+def test_how_a_child_ended_is_said(code, output, memory, tmp_path, wording) -> None:
     with (tmp_path / "output").open("w+b") as file:
         file.write(output)
         ending = describe_exit(code, file, out_of_memory=memory)
@@ -156,9 +151,7 @@ def odd_child(tmp_path: Path) -> Callable[..., NotJudged]:
     ("code", "said"),
     [("line.sendall(bytes([255]) * 16); time.sleep(60)", "18,446,744,073,709,551,615"), (SENDS_A_JOB, "Job")],
 )
-def test_a_child_that_sends_what_is_no_event_is_ended(
-    odd_child: Callable[..., NotJudged], code: str, said: str, wording: Wording
-) -> None:
+def test_a_child_that_sends_what_is_no_event_is_ended(odd_child, code, said, wording) -> None:
     ending = odd_child(code)
     assert said in ending.message
     wording(f"{ending.message}\n> {ending.hint}")
@@ -173,13 +166,7 @@ def test_a_child_that_hangs_up_and_stays_is_ended(odd_child: Callable[..., NotJu
     ("files", "killed_before"),
     [({"memory.max": f"{2 << 30}", "memory.peak": f"{3 << 29}"}, 0), ({"memory.max": "max"}, 0), ({}, 1), ({}, None)],
 )
-def test_a_killed_child_is_told_by_the_kernels_own_count(
-    odd_child: Callable[..., NotJudged],
-    tmp_path: Path,
-    files: dict[str, str],
-    killed_before: int | None,
-    wording: Wording,
-) -> None:
+def test_a_killed_child_is_told_by_the_kernels_own_count(odd_child, tmp_path, files, killed_before, wording) -> None:
     for name, text in {"memory.events": "oom_kill 1\n", **files}.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "proc").write_text("0::/\n")

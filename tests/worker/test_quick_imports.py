@@ -1,13 +1,11 @@
 """Imports in less time: what transformers and PEFT are afterwards is what they are without, and so is a merge."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import subprocess
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import transformers
@@ -24,11 +22,7 @@ from merge_gate.worker.supervisor import Attempt
 from tests.support.command import environment
 from tests.support.engine.base_headers import base_files
 from tests.support.engine.merges import RUNS
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.support.models import Shelf
+from tests.support.models import Shelf
 
 PLAIN = "import contextlib\nquick = contextlib.nullcontext()\n"
 QUICK = "from merge_gate.worker.quick_imports import quick_imports\nquick = quick_imports()\n"
@@ -146,9 +140,7 @@ def create_import_structure_from_path(path):
     [(READS, {"create_import_structure_from_path"}), (READS.replace("@functools.lru_cache", ""), set()), ("", set())],
     ids=["a cache", "a release without a cache", "a release without the function"],
 )
-def test_a_cache_without_a_limit_is_there_only_meanwhile(
-    source: str, changed: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_without_a_limit_is_there_only_meanwhile(source, changed, tmp_path, monkeypatch) -> None:
     """Another release of transformers is imported as it is."""
     (tmp_path / "structures.py").write_text(source, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)

@@ -1,7 +1,5 @@
 """The worker's sandbox, tried by code that a base brings along, with and without it, and its filter of system calls."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -15,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
@@ -24,11 +22,7 @@ from merge_gate.worker import sandbox
 from merge_gate.worker.protocol import Job
 from merge_gate.worker.sandbox import SWITCH, confine, limit, refuse_calls
 from tests.support.command import environment, merge_gate, strict_json
-
-if TYPE_CHECKING:
-    from tests.support.models import Shelf
-    from tests.support.wording import Wording
-
+from tests.support.wording import Wording
 
 ROGUE = """
 import json, os, signal, socket, subprocess, threading
@@ -117,7 +111,7 @@ def victims(outside: Path) -> Iterator[int]:
         yield tcp.getsockname()[1]
 
 
-def gate(shelf: Shelf, place: Path, port: int, results: dict[str, str], **changes: str) -> Any:
+def gate(shelf, place: Path, port: int, results: dict[str, str], **changes: str) -> Any:
     """Gate an adapter on bases of these names, whose code is hostile and ends as the results say; the report."""
     shutil.copytree(shelf.adapter("plain"), place / "adapter")
     for name, result in results.items():
@@ -147,7 +141,7 @@ Confined = tuple[Any, Path, os.stat_result]
 
 
 @pytest.fixture(scope="module")
-def confined(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Confined:
+def confined(shelf, tmp_path_factory: pytest.TempPathFactory) -> Confined:
     """A run within the sandbox, its directory, and what the file `victim` was before.
 
     The code of a base tells what it could do, that of another one lets it be loaded. The caches that the environment
@@ -184,7 +178,7 @@ def test_code_of_a_base_runs_within_it_and_its_caches_are_the_workers(confined: 
     assert not (place / "elsewhere").exists()
 
 
-def test_without_it_the_report_says_so_and_code_does_harm(shelf: Shelf, tmp_path: Path) -> None:
+def test_without_it_the_report_says_so_and_code_does_harm(shelf, tmp_path: Path) -> None:
     with victims(tmp_path / "outside") as port:
         report = gate(shelf, tmp_path, port, {"tells": TELL}, MERGE_GATE_SANDBOX="off")
     harm = {"write", "remove", "truncate", "tcp", "unix", "fork", "program"}

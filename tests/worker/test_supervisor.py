@@ -4,8 +4,6 @@ Most children are played (tests/support/played_worker.py). A real one that must 
 expression that takes ten seconds of trial.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -15,12 +13,13 @@ import subprocess
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from merge_gate.features.stream.batches import batches
 from merge_gate.files.preflight import preflight
+from merge_gate.records.files import AdapterFiles
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey
 from merge_gate.worker.channel import GarbledError
@@ -49,13 +48,9 @@ from tests.support.command import alive, children_of, wait_until
 from tests.support.engine.base_headers import base_files
 from tests.support.engine.merges import RUNS
 from tests.support.faults import configure
+from tests.support.models import Shelf
 from tests.support.played_worker import other_workers, plan, played_workers
-
-if TYPE_CHECKING:
-    from merge_gate.records.files import AdapterFiles
-    from tests.support.models import Shelf
-    from tests.support.wording import Wording
-
+from tests.support.wording import Wording
 
 ENDLESS = "(([a-z0-9_.])+)+!"
 TIMEOUT_S = 1.0
@@ -310,9 +305,7 @@ def test_a_model_that_dies_or_hangs_costs_its_measurement(accidents: Killer, wor
 
 
 @pytest.mark.parametrize("passes", [False, True])
-def test_a_base_that_hangs_is_not_run_again(
-    passes: bool, shelf: Shelf, adapters: list[AdapterFiles], tmp_path: Path, wording: Wording
-) -> None:
+def test_a_base_that_hangs_is_not_run_again(passes, shelf, adapters, tmp_path, wording) -> None:
     base = copied(shelf, tmp_path / "base")
     plan(base, run="hang hang")
     killer, one = Killer(), limited((one_pass if passes else group)(base, adapters), 0, 1)
@@ -400,9 +393,7 @@ RAN = (ForwardRunning(task=0, is_running=True), ForwardRunning(task=0, is_runnin
     ],
     ids=["a model that is not asked for", "two models at a time", "a pass", "a pass of two turns"],
 )
-def test_a_process_that_always_says_and_does_the_same_has_an_end(
-    why_not: str, events: tuple[Event, ...], trio: Group
-) -> None:
+def test_a_process_that_always_says_and_does_the_same_has_an_end(why_not, events, trio) -> None:
     """It may be in the hands of a base's code. The gate's own never says this again."""
     tasks = tuple(task.without("forward", why_not) for task in trio.tasks[:2])
     left = Job(groups=(replace(trio, tasks=tasks, one_pass=True),))
@@ -503,9 +494,7 @@ REFUSED = NotJudged(message="m")
     ],
     ids=repr,
 )
-def test_an_event_about_other_tasks_is_refused(
-    event: Event, trio: Group, adapters: list[AdapterFiles], tmp_path: Path
-) -> None:
+def test_an_event_about_other_tasks_is_refused(event, trio, adapters, tmp_path) -> None:
     """Task 0 is reported, tasks 1 and 2 are open, and 3 to 5 are on another base. Group 2 has no tasks."""
     other = shutil.copytree(trio.directory, tmp_path / "other")
     groups = trio, group(other, adapters, first=3), group(other, [])
@@ -607,9 +596,7 @@ def test_one_death_costs_at_most_two_more_reads_of_the_base(culprit: int, in_pro
         ({7, 12}, 1, [20, 19, 18, 2, 1, 1]),
     ],
 )
-def test_an_adapter_that_ends_every_process_costs_its_verdict(
-    culprits: set[int], in_progress: int, reads: list[int], trio: Group
-) -> None:
+def test_an_adapter_that_ends_every_process_costs_its_verdict(culprits, in_progress, reads, trio) -> None:
     done = simulated(trio, culprits, in_progress, most=100)
     assert (done.merged, done.errors) == (set(range(TWENTY)) - culprits, culprits)
     assert [len(batch) for batch in done.reads] == reads

@@ -1,7 +1,5 @@
 """Tensors of the base that ride in an adapter's file: those that the config names, and those that nobody asked for."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,9 +86,7 @@ def test_what_peft_saves_is_named(case: methods.Case, bench: Bench) -> None:
     ],
 )
 @pytest.mark.parametrize("base", ["llama", "llama-tied", "llama-bias"])
-def test_embeddings_may_ride_along(
-    base: str, settings: dict[str, Any], rows: int, tmp_path: Path, bench: Bench
-) -> None:
+def test_embeddings_may_ride_along(base, settings, rows, tmp_path, bench) -> None:
     model = methods.load_base(base, bench.base_directory(base, "float32"))
     assert isinstance(model, transformers.PreTrainedModel)
     torch.manual_seed(0)
@@ -141,9 +137,7 @@ NORMS = LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM")
         pytest.param("llama-tied", EMBEDDING, config(modules_to_save=["embed_tokens", "lm_head"]), True, id="both"),
     ],
 )
-def test_a_broken_tensor_that_the_adapter_replaces_is_a_warning(
-    base: str, broken: str, adapter: LoraConfig | LNTuningConfig, mended: bool, dtype: str, tmp_path: Path
-) -> None:
+def test_a_broken_tensor_that_the_adapter_replaces_is_a_warning(base, broken, adapter, mended, dtype, tmp_path) -> None:
     directory, out = tmp_path / "base", tmp_path / "adapter"
     models.make_base(base, directory)
     models.save_adapter(directory, out, adapter)

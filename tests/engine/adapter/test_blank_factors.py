@@ -1,7 +1,5 @@
 """Factors have no values before a load that overwrites them; what it does not overwrite has PEFT's initial ones."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +69,7 @@ WITH_VALUES = {
         *((name, "bfloat16", packed) for name in ("lora-linear", "lora-dora") for packed in PACKED),
     ],
 )
-def test_factors_have_pefts_places_shapes_and_dtypes(
-    name: str, dtype: str, quantization: Quantization, tmp_path: Path
-) -> None:
+def test_factors_have_pefts_places_shapes_and_dtypes(name, dtype, quantization, tmp_path) -> None:
     base, files = made(name, tmp_path, dtype, quantization)
     theirs, ours = (injected(base, files, blank=one) for one in (False, True))
     assert theirs is not None

@@ -1,7 +1,5 @@
 """The cause that is named where PEFT raises with words of its own: what is at fault, not where it was noticed."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,9 +41,7 @@ NO_SUCH = {"target_parameters": ["experts.no_such"]}
         ("lora-linear", configure(lora_dropout=2.0), "config-invalid"),
     ],
 )
-def test_the_cause_is_what_is_at_fault(
-    name: str, break_: Callable[[Path], None], cause: str, tmp_path: Path, bench: Bench
-) -> None:
+def test_the_cause_is_what_is_at_fault(name, break_, cause, tmp_path, bench) -> None:
     case = methods.find(name)
     adapter = bench.adapter(case)
     broken = methods.write_variant(adapter, tmp_path, methods.load_file(adapter / methods.WEIGHTS))

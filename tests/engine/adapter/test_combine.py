@@ -1,7 +1,5 @@
 """`combine`: PEFT's add_weighted_adapter on real adapters, held against what plain PEFT makes of the same members."""
 
-from __future__ import annotations
-
 import copy
 import zlib
 from collections.abc import Callable
@@ -129,9 +127,7 @@ def test_good_members_pass(method: str, bench: Bench) -> None:
 @pytest.mark.parametrize("position", [0, 1])
 @pytest.mark.parametrize("value", faults_methods.VALUES)
 @pytest.mark.parametrize("method", ["linear", "cat", "ties"])
-def test_a_broken_member_fails_and_is_named(
-    method: str, value: str, position: int, bench: Bench, tmp_path: Path
-) -> None:
+def test_a_broken_member_fails_and_is_named(method, value, position, bench, tmp_path) -> None:
     members = list(make_members(bench, "plain"))
     state = faults_methods.load_file(members[position] / methods.WEIGHTS)
     tensor = faults_methods.floating(state)[-1]
@@ -305,9 +301,7 @@ def in_row(row: int) -> Callable[[Tensor], Tensor]:
         pytest.param(None, ("old", in_row(3)), (0.6, 1.0), True, id="a row of the base, with the weight 1"),
     ],
 )
-def test_an_enlarged_vocabulary_is_combined_without_weights(
-    first: Any, second: Any, weights: tuple[float, float], passes: bool, bench: Bench
-) -> None:
+def test_an_enlarged_vocabulary_is_combined_without_weights(first, second, weights, passes, bench) -> None:
     plain = make_members(bench, "plain")
     members = tuple(
         plain[place] if made is None else enlarged(bench, *made) for place, made in enumerate((first, second))
@@ -345,9 +339,7 @@ PARAMETER = {"target_modules": [], "target_parameters": ["q_proj.weight"]}
         ((PARAMETER, PARAMETER), "cat", "nn.Parameter"),
     ],
 )
-def test_what_peft_refuses_to_combine_is_refused(
-    settings: tuple[dict[str, Any], ...], method: str, match: str, bench: Bench
-) -> None:
+def test_what_peft_refuses_to_combine_is_refused(settings, method, match, bench) -> None:
     members = make_unlike(bench, *settings)
     with pytest.raises(ValueError, match=match):
         combine_with_peft(bench, members, method)

@@ -1,7 +1,5 @@
 """What PEFT reads of an adapter's own files: misspelled settings, and what safetensors and torch refuse."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from string import ascii_lowercase
@@ -28,9 +26,7 @@ from tests.support.files.pickles import Call
     ],
     ids=["a letter", "capitals", "the known one is set too", "another trainer's", "long"],
 )
-def test_a_misspelled_key_is_told_from_an_unknown_one(
-    tmp_path: Path, settings: dict[str, int], near: tuple[tuple[str, str], ...]
-) -> None:
+def test_a_misspelled_key_is_told_from_an_unknown_one(tmp_path, settings, near) -> None:
     config = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj"], **settings}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(Refused) as caught:

@@ -3,8 +3,6 @@
 tests/test_bases.py has the bases that pass, and most of those that do not.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -108,9 +106,7 @@ def test_stale_buffers_are_those_of_the_models_own_modules(shelf: Shelf, tmp_pat
 
 
 @pytest.mark.parametrize(("shape", "is_mask"), [((1, 1, 4, 4), True), ((32,), False)])
-def test_a_stored_mask_is_stale_and_a_bias_is_not(
-    shape: tuple[int, ...], is_mask: bool, shelf: Shelf, tmp_path: Path
-) -> None:
+def test_a_stored_mask_is_stale_and_a_bias_is_not(shape, is_mask, shelf, tmp_path) -> None:
     name = "transformer.h.0.attn.bias"
     base = changed(shelf, tmp_path, {name: torch.ones(shape)}, base="gpt2")
     found = tensor_map(GPT2LMHeadModel, str(base), stored_tensors(base))
@@ -145,9 +141,7 @@ NORMS = LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM")
         pytest.param("model.embed_tokens.weight", config(trainable_token_indices=[1, 2]), False, id="some rows"),
     ],
 )
-def test_a_parameter_that_no_file_has_makes_the_base_incomplete(
-    lacking: str, adapter: Config, brought: bool, shelf: Shelf, tmp_path: Path
-) -> None:
+def test_a_parameter_that_no_file_has_makes_the_base_incomplete(lacking, adapter, brought, shelf, tmp_path) -> None:
     out = tmp_path / "adapter"
     models.save_adapter(shelf.base("llama"), out, adapter)
     base = edited_base(shelf.base("llama"), tmp_path / "base", lambda tensors: [tensors.pop(lacking)])
@@ -169,9 +163,7 @@ def test_a_parameter_that_no_file_has_makes_the_base_incomplete(
         pytest.param(config("lm_head"), ["model.embed_tokens.weight"], id="a LoRA on the head, which is saved alone"),
     ],
 )
-def test_rows_of_a_vocabulary_that_no_file_has_are_warned_of(
-    adapter: Config, made_up: list[str], tmp_path: Path
-) -> None:
+def test_rows_of_a_vocabulary_that_no_file_has_are_warned_of(adapter, made_up, tmp_path) -> None:
     base, out = tmp_path / "base", tmp_path / "adapter"
     models.make_base("llama", base)
     models.save_adapter(base, out, adapter, rows=70)

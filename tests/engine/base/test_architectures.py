@@ -1,7 +1,5 @@
 """A slice of the sweep over every architecture (benchmarks/architectures.py): one type of each way to be unusual."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

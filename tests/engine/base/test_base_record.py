@@ -1,7 +1,5 @@
 """With the figures of an earlier run, a pass reads only what adapters touch, and comes to the same evidence."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

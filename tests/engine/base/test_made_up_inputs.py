@@ -1,7 +1,5 @@
 """Inputs that a configuration alone gives: transformers' own models are the judge."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -1,7 +1,5 @@
 """A base on a local disk is mapped from its files, for each class and dtype, and read no more often than necessary."""
 
-from __future__ import annotations
-
 import math
 import shutil
 from pathlib import Path
@@ -75,9 +73,7 @@ def test_another_class_uses_the_figures_of_the_first(pair: str, shelf: Shelf) ->
 TASKS = (("CAUSAL_LM", None), ("SEQ_CLS", 3), ("SEQ_CLS", 5), ("TOKEN_CLS", 4))
 
 
-def test_eight_adapters_with_four_heads_measure_the_body_once(
-    shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eight_adapters_with_four_heads_measure_the_body_once(shelf, tmp_path, monkeypatch) -> None:
     for number in range(8):
         task_type, labels = TASKS[number % 4]
         config = LoraConfig(task_type=task_type, r=4, target_modules=["c_attn"], fan_in_fan_out=True)

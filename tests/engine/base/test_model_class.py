@@ -1,7 +1,5 @@
 """Which class a base is loaded with, and with how many labels: as the adapter's user would load it."""
 
-from __future__ import annotations
-
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -52,9 +50,7 @@ def test_a_head_of_another_size_gives_way_to_the_adapters(shelf: Shelf, tmp_path
 
 
 @pytest.mark.parametrize(("rows", "num_labels"), [(5, 5), (3, None), (1 << 20, 1 << 20), (1 << 40, None)])
-def test_a_head_has_no_more_labels_than_a_config_can_name(
-    rows: int, num_labels: int | None, shelf: Shelf, tmp_path: Path
-) -> None:
+def test_a_head_has_no_more_labels_than_a_config_can_name(rows, num_labels, shelf, tmp_path) -> None:
     save_adapter(shelf.base("bert"), tmp_path / "a", LoraConfig(task_type="SEQ_CLS", **QV), num_labels=5)
     files = preflight(str(tmp_path / "a"), allow_pickle=False)
     bias = replace(next(one for one in files.tensors if one.name.endswith("classifier.bias")), shape=(rows,))

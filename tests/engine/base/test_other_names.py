@@ -1,7 +1,5 @@
 """Names of the text class of a base that is more than a text model, and of the class that config.json names."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

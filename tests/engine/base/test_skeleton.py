@@ -1,7 +1,5 @@
 """A base that is filled from a feed is what `from_pretrained` gives, and no weight is read to make it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable
@@ -149,9 +147,7 @@ def test_a_weight_that_the_class_changes_is_changed(is_mapped: bool, dtype: str,
 
 
 @pytest.mark.parametrize(("model_class", "words"), [(ReadsAll, "too many"), (Replaces, "model.norm.weight")])
-def test_a_class_that_needs_its_values_is_loaded(
-    model_class: type[Any], words: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_class_that_needs_its_values_is_loaded(model_class, words, shelf, monkeypatch) -> None:
     monkeypatch.setattr(skeleton, "LEAST_KEPT_BYTES", 1 << 12)
     with among_transformers(model_class) as name, pytest.raises(NoSkeletonError, match=words):
         made(shelf.base("llama"), name)
@@ -159,9 +155,7 @@ def test_a_class_that_needs_its_values_is_loaded(
 
 @pytest.mark.parametrize("is_mapped", [False, True], ids=["fed", "mapped"])
 @pytest.mark.parametrize("factor", [1.0, 2.0])
-def test_tied_tensors_that_are_both_stored_are_tied_if_equal(
-    factor: float, is_mapped: bool, shelf: Shelf, tmp_path: Path
-) -> None:
+def test_tied_tensors_that_are_both_stored_are_tied_if_equal(factor, is_mapped, shelf, tmp_path) -> None:
     def tie(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"lm_head.weight": tensors["model.embed_tokens.weight"] * factor}
 
@@ -232,9 +226,7 @@ def _offsets(change: Callable[[list[int]], None]) -> Callable[[dict[str, Any]], 
         _offsets(lambda offsets: offsets.__setitem__(slice(None), [0.0, 64.0])),
     ],
 )
-def test_a_header_that_changed_is_an_error(
-    change: Callable[[dict[str, Any]], None], shelf: Shelf, tmp_path: Path
-) -> None:
+def test_a_header_that_changed_is_an_error(change, shelf, tmp_path) -> None:
     directory = shutil.copytree(shelf.base("llama"), tmp_path / "base")
     stored = {one.name: one for one in stored_tensors(directory)}
     assert stored_bytes(str(directory), stored)
@@ -278,9 +270,7 @@ def test_the_map_is_what_transformers_loads(model_type: str, tmp_path: Path) -> 
     assert checked.wrong == ()
 
 
-def test_a_release_with_another_loader_gives_no_map(
-    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_release_with_another_loader_gives_no_map(shelf, monkeypatch, tmp_path) -> None:
     """The load itself then has to account for the base."""
     monkeypatch.delattr(transformers.core_model_loading, "WeightConverter")
     directory = str(shelf.base("llama"))

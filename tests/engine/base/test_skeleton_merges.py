@@ -1,14 +1,11 @@
 """Adapters on a base that is filled from a feed have the evidence and the bits that they have on a loaded base."""
 
-from __future__ import annotations
-
 import functools
 import json
 import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -116,9 +113,7 @@ def test_every_byte_is_read_once_for_all_adapters(shelf: Shelf, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("threads", ["1", "4"])
-def test_layers_that_peft_merges_are_read_once_too(
-    threads: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_layers_that_peft_merges_are_read_once_too(threads, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     directory = tmp_path / "base"
     methods.save_base("llama", directory)
@@ -231,9 +226,7 @@ def test_a_base_that_is_not_finite_is_measured_in_the_pass(shelf: Shelf, tmp_pat
     ids=["nan", "large", "zero", "lacking", "unexpected"],
 )
 @pytest.mark.parametrize("name", ["every-projection", "dora-all-linear", "modules-to-save"])
-def test_a_broken_adapter_comes_to_the_same(
-    name: str, change: Callable[[dict[str, torch.Tensor]], object], shelf: Shelf, tmp_path: Path
-) -> None:
+def test_a_broken_adapter_comes_to_the_same(name, change, shelf, tmp_path) -> None:
     assert_same(shelf.base("llama"), edited_adapter(shelf.adapter(name), tmp_path / "broken", change))
 
 
@@ -300,9 +293,7 @@ def test_a_worker_reports_the_facts_once_they_are_known(shelf: Shelf, tmp_path: 
 
 
 @pytest.mark.parametrize("threads", ["1", "4"])
-def test_dtypes_and_classes_of_a_base_are_read_in_one_pass(
-    threads: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_dtypes_and_classes_of_a_base_are_read_in_one_pass(threads, shelf, monkeypatch, tmp_path) -> None:
     """Two adapters in two dtypes, and a head of another class in one: each stored tensor is read once for all five."""
     monkeypatch.setenv("OMP_NUM_THREADS", threads)
     directory = shelf.base("llama")

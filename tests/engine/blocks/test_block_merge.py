@@ -1,7 +1,5 @@
 """Every road of the fast way against PEFT's own layer: the same bits, and true figures about them."""
 
-from __future__ import annotations
-
 import math
 from concurrent.futures import ThreadPoolExecutor
 

@@ -1,7 +1,5 @@
 """Blocks of a product have the bits of the whole, or the whole is made."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Extremes of a quantised merge, from two values of each scale, against bitsandbytes' whole tensors."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

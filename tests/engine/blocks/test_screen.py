@@ -1,7 +1,5 @@
 """What sums say of PEFT's merges: no value is beyond its bound, and the extremes are those of all blocks."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 

@@ -10,8 +10,6 @@ In 16 bits, and with either value of `safe_merge`. A fault that changes what PEF
 not found: the scaling, or the factors, before the merge.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import dataclasses
@@ -351,9 +349,7 @@ def test_a_packed_weight_that_is_not_made_of_the_sum_is_found(bench: Bench, monk
 
 
 @pytest.mark.parametrize("quantization", [Quantization.BNB_8BIT, Quantization.BNB_4BIT])
-def test_a_merge_that_packs_nothing_is_found(
-    quantization: Quantization, bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_packs_nothing_is_found(quantization, bench, monkeypatch) -> None:
     case = methods.find("lora-linear")
     adapter, base = bench.adapter(case), bench.base_directory(case.base, "bfloat16")
     for kind in (lora.Linear8bitLt, lora.Linear4bit):

@@ -1,7 +1,5 @@
 """What the gate measures is what a user of PEFT gets: the same tensors, the same dtype, the same bits."""
 
-from __future__ import annotations
-
 import itertools
 from dataclasses import replace
 from pathlib import Path

@@ -6,8 +6,6 @@ always finite. No forward pass runs on a 4-bit model before its merge, since som
 overflow in each tensor, and `make nightly` all cases at every place.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -120,9 +118,7 @@ def test_the_delta_is_that_of_the_unquantised_merge(name: str, quantization: str
 @pytest.mark.parametrize("dtype", methods.DTYPES)
 @pytest.mark.parametrize("quantization", ON_LOADING)
 @pytest.mark.parametrize("method", ["lora", "dora"])
-def test_quantising_again_is_no_effect(
-    method: str, quantization: str, dtype: str, tmp_path: Path, bench: Bench
-) -> None:
+def test_quantising_again_is_no_effect(method, quantization, dtype, tmp_path, bench) -> None:
     """Untrained: what changes is the rounding of scales that were dequantised in 16 bits."""
     base = bench.base_directory("llama-tall", dtype)
     model = methods.load_base("llama-tall", base, quantization if method == "dora" else None)

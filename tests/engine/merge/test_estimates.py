@@ -1,7 +1,5 @@
 """Where a sample of the rows is mistaken, an error is not: PEFT's merge and torch compute the true loss."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

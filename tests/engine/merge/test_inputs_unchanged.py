@@ -1,7 +1,5 @@
 """Nothing is ever written to: not a file that goes in, not a tensor of the base in memory."""
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

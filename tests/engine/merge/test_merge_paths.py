@@ -1,7 +1,5 @@
 """Each road gives what a user of PEFT gets: untrained, overflowing and lopsided adapters, and a PEFT that is broken."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import itertools
@@ -87,9 +85,7 @@ UNTRAINED: dict[str, Callable[[], peft.PeftConfig]] = {
     ("method", "dtype"),
     [*((method, "bfloat16") for method in UNTRAINED), *itertools.product(("lora", "dora"), ("float32", "float16"))],
 )
-def test_an_untrained_adapter_has_no_effect_on_a_pruned_base(
-    method: str, dtype: str, pruned: Path, tmp_path: Path, bench: Bench
-) -> None:
+def test_an_untrained_adapter_has_no_effect_on_a_pruned_base(method, dtype, pruned, tmp_path, bench) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(pruned, dtype=getattr(torch, dtype))
     with methods.quiet():
         peft.get_peft_model(model, UNTRAINED[method]()).save_pretrained(tmp_path)
@@ -131,9 +127,7 @@ def test_an_untrained_dora_of_convolutions_has_no_effect(tmp_path: Path, bench: 
         ("trainable-tokens", "", None),
     ],
 )
-def test_a_delta_of_a_millionth_is_an_effect(
-    name: str, part: str, factor: float | None, tmp_path: Path, bench: Bench
-) -> None:
+def test_a_delta_of_a_millionth_is_an_effect(name, part, factor, tmp_path, bench) -> None:
     """What is added to a weight is zero while untrained, so that anything else was trained; on both roads."""
     case = methods.find(name)
     base, adapter = bench.base_directory(case.base, "float32"), bench.adapter(case)
@@ -183,9 +177,7 @@ def test_a_large_delta_of_few_tokens_hides_no_other_loss(shelf: Shelf, tmp_path:
 
 
 @pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"bias": "all"}], ids=["a head", "biases"])
-def test_what_is_trained_whole_is_rounded_before_the_merge(
-    settings: dict[str, Any], tmp_path: Path, bench: Bench
-) -> None:
+def test_what_is_trained_whole_is_rounded_before_the_merge(settings, tmp_path, bench) -> None:
     """In float32, by less than bfloat16 holds: unmerged it computes the same, so the merge has lost nothing."""
     base = bench.base_directory("llama-bias", "bfloat16")
     model, own = (methods.load_base("llama-bias", base) for _ in range(2))
@@ -359,9 +351,7 @@ def lose_an_attention(_: Any, merged: Any) -> None:
         (BaseTuner, "merge_and_unload", lose_an_attention, "every-projection", "not-mergeable"),
     ],
 )
-def test_a_peft_that_merges_otherwise_decides(
-    owner: Any, method: str, then: Then, variant: str, cause: str, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_peft_that_merges_otherwise_decides(owner, method, then, variant, cause, shelf, monkeypatch) -> None:
     """Counting only what is there would not miss what is lost."""
     own = getattr(owner, method)
 

@@ -1,7 +1,5 @@
 """Adapters that are merged in one pass over a base have the evidence that each has by itself."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -173,9 +171,7 @@ def loaded_on(base: Base, adapter: Path) -> tuple[Loaded, Any]:
 
 
 @pytest.mark.parametrize("is_before", [True, False], ids=["before", "after"])
-def test_a_write_in_a_cross_check_reaches_no_other_adapter(
-    is_before: bool, shelf: Shelf, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_in_a_cross_check_reaches_no_other_adapter(is_before, shelf, monkeypatch) -> None:
     directory, adapters = shelf.base("llama"), [shelf.adapter(name) for name in ADAPTERS]
     base = skeleton(directory)
     right = [one for one in merge_together([request_for(base, adapter) for adapter in adapters]) if one is not None]

@@ -4,8 +4,6 @@ PEFT's code merges, and then the change that it made to the weight is changed. L
 the gate, and PEFT merges one of each kind, so a fault of PEFT on another layer cannot reach the result.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import itertools
@@ -249,9 +247,7 @@ def test_layers_with_other_settings_are_compared_apart(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("quantization", [Quantization.BNB_8BIT, Quantization.BNB_4BIT])
-def test_a_quantized_layer_is_compared_before_it_is_packed(
-    quantization: Quantization, bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_quantized_layer_is_compared_before_it_is_packed(quantization, bench, monkeypatch) -> None:
     adapter, base = bench.adapter(methods.find("lora-linear")), bench.base_directory("llama", "bfloat16")
     judgement = bench.gate.judge(adapter, base, quantization=quantization)
     assert judgement.verdict is Verdict.PASSED, judgement

@@ -1,7 +1,5 @@
 """Adapters as training starts from them, where that is no zero: what is left of it is the rounding of their tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

@@ -3,8 +3,6 @@
 The judge is plain PEFT: the forward pass before and after the merge, and after the merged model was saved and loaded.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +149,7 @@ def saved(base: str, targets: list[str], whole: list[str], directory: Path, benc
         ("t5", ["wo", HEAD], ["shared"], False),  # the embeddings of encoder and decoder share the head's weight still
     ],
 )
-def test_the_other_side_of_a_trained_copy_is_free(
-    base: str, targets: list[str], whole: list[str], sound: bool, tmp_path: Path, bench: Bench
-) -> None:
+def test_the_other_side_of_a_trained_copy_is_free(base, targets, whole, sound, tmp_path, bench) -> None:
     adapter = saved(base, targets, whole, tmp_path / "adapter", bench)
     inputs = methods.make_input(base)
     model = methods.load_adapter(bench.base(base, "float32"), adapter).eval()
@@ -213,9 +209,7 @@ def lora(tokens: Any) -> peft.LoraConfig:
     ],
 )
 @pytest.mark.parametrize("base", ["llama-tied", "llama"])
-def test_tokens_of_one_side_of_a_tied_weight_fail(
-    base: str, config: peft.LoraConfig | peft.TrainableTokensConfig, sound: bool, tmp_path: Path
-) -> None:
+def test_tokens_of_one_side_of_a_tied_weight_fail(base, config, sound, tmp_path) -> None:
     sound = sound or base == "llama"
     directory, out = tmp_path / "base", tmp_path / "adapter"
     models.make_base(base, directory)

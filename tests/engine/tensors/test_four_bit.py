@@ -1,7 +1,5 @@
 """Values in 4 bits, block by block, against bitsandbytes' own whole tensors: every byte and every scale."""
 
-from __future__ import annotations
-
 import bitsandbytes as bnb
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """Tensors without values: they have them while they are filled, and whoever reads them before is found out."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Each figure of `measure` against numpy's count of the same elements, in every dtype and layout."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,10 +1,7 @@
 """Which device merges a layer, how it computes, and which errors belong to the run. No test here needs a card."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,9 +138,7 @@ def failing(kind: type[Exception], text: str) -> Callable[..., None]:
 
 
 @pytest.mark.parametrize(("name", "layer"), [("lora-linear", Linear), ("adalora-linear", SVDLinear)])
-def test_a_merge_that_a_card_ends_blames_no_adapter(
-    name: str, layer: type, bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_a_card_ends_blames_no_adapter(name, layer, bench, monkeypatch) -> None:
     """Whether it is a cross-check, or the merge that counts."""
     case = methods.find(name)
     files = preflight(str(bench.adapter(case)), allow_pickle=False)
@@ -153,9 +148,7 @@ def test_a_merge_that_a_card_ends_blames_no_adapter(
         merge_adapter(base, files, no_forward=NOT_RUN)
 
 
-def test_a_card_full_in_a_probe_says_nothing_of_the_tensor(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_card_full_in_a_probe_says_nothing_of_the_tensor(bench, monkeypatch, tmp_path) -> None:
     case = methods.find("lora-linear")
     state = copy.deepcopy(dict(faults_methods.load_file(bench.adapter(case) / methods.WEIGHTS)))
     next(iter(state.values())).view(-1)[0] = torch.nan

@@ -1,7 +1,5 @@
 """Order, failures and the number of threads of `spread`, with real threads and real torch."""
 
-from __future__ import annotations
-
 import os
 import threading
 import time

@@ -1,7 +1,5 @@
 """When adapter-nonfinite fires, and what it says: its messages are in adapter-nonfinite.txt."""
 
-from __future__ import annotations
-
 from merge_gate.records.measured import FileTensor
 from merge_gate.records.terms import Severity
 from tests.support.judging.cases import LORA_B, Given, broken, evidence

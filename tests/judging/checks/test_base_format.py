@@ -1,7 +1,5 @@
 """When base-format fires, and what it says: its messages are in base-format.txt."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -13,7 +11,6 @@ from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding, Origin, Quantization, Severity
 from tests.support.judging.cases import reason, refusing, unworded
 from tests.support.judging.every_check import EveryCheck
-from tests.support.wording import Wording
 
 BNB_4BIT = DeclaredQuantization(method="bitsandbytes_4bit", file="config.json", key="quantization_config")
 BNB_8BIT = dataclasses.replace(BNB_4BIT, method="bitsandbytes_8bit")
@@ -47,9 +44,7 @@ class TestBaseFormat(EveryCheck):
         (dataclasses.replace(FP8, is_read=False), Quantization.BNB_4BIT),
     ],
 )
-def test_a_base_that_can_be_loaded_as_it_is_asked_for(
-    declared: DeclaredQuantization | None, asked: Quantization
-) -> None:
+def test_a_base_that_can_be_loaded_as_it_is_asked_for(declared, asked) -> None:
     files = BaseFiles(directory="/base", quantization=declared)
     assert base_format.of_request(BaseSpec(model="/base", quantization=asked), files) is None
 
@@ -59,9 +54,7 @@ def test_a_base_that_can_be_loaded_as_it_is_asked_for(
     [(BNB_4BIT, Quantization.BNB_8BIT), (BNB_8BIT, Quantization.BNB_4BIT), (FP8, Quantization.BNB_4BIT)],
     ids=["4bit-as-8bit", "8bit-as-4bit", "fp8-as-4bit"],
 )
-def test_a_base_that_is_quantized_otherwise_is_refused(
-    declared: DeclaredQuantization, asked: Quantization, wording: Wording
-) -> None:
+def test_a_base_that_is_quantized_otherwise_is_refused(declared, asked, wording) -> None:
     files = BaseFiles(directory="/base", quantization=declared)
     found = base_format.of_request(BaseSpec(model="/base", label="./base", quantization=asked), files)
     assert found is not None

@@ -1,7 +1,5 @@
 """When base-incomplete fires, and what it says: its messages are in base-incomplete.txt."""
 
-from __future__ import annotations
-
 from merge_gate.judging.checks import base_incomplete
 from merge_gate.records.terms import Finding, Origin, Severity
 from tests.support.judging.cases import COUNTS, MANY, NAMES, WEIGHT, Given, base, evidence, reason, refusing, unworded

@@ -1,7 +1,5 @@
 """When base-inconsistent fires, and what it says: its messages are in base-inconsistent.txt."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from merge_gate.judging.checks import base_inconsistent

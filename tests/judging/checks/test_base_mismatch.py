@@ -1,7 +1,5 @@
 """When base-mismatch fires, and what it says: its messages are in base-mismatch.txt."""
 
-from __future__ import annotations
-
 import dataclasses
 
 from merge_gate.records.config import Expect

@@ -1,7 +1,5 @@
 """When base-nonfinite fires, and what it says: its messages are in base-nonfinite.txt."""
 
-from __future__ import annotations
-
 from merge_gate.judging.checks.base_nonfinite import of_base
 from merge_gate.records.terms import Severity
 from tests.support.judging.cases import Given, base, broken, evidence, tensor

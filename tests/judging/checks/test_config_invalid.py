@@ -1,7 +1,5 @@
 """When config-invalid fires, and what it says: its messages are in config-invalid.txt."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """When delta-norm fires, and what it says: its messages are in delta-norm.txt."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -107,9 +105,7 @@ def test_a_weight_left_with_less_than_rounding_is_wiped_out() -> None:
         ((CheckSetting(check="delta-norm", severity=Severity.OFF, limit=10.0, error_limit=20.0),), 1e9, (8, 8), None),
     ],
 )
-def test_a_delta_above_the_error_limit_fails(
-    settings: tuple[CheckSetting, ...], ratio: float, shape: tuple[int, ...], severity: Severity | None
-) -> None:
+def test_a_delta_above_the_error_limit_fails(settings, ratio, shape, severity) -> None:
     merge = merged(dataclasses.replace(tensor(), shape=shape), base_norm=1.0, delta_norm=ratio)
     found = of("delta-norm", judge(with_settings(spec(), *settings), files(), evidence(merges=(merge,))))
     assert [finding.severity for finding in found] == ([severity] if severity else [])
@@ -140,9 +136,7 @@ def test_a_bias_above_the_limit_does_not_fail_a_matrix_below_it() -> None:
         (0.0, 1.0, 999.0, None, None),
     ],
 )
-def test_a_delta_is_compared_with_the_models_typical_weight_too(
-    weight: float, typical: float, delta: float, severity: Severity | None, ratio: float | None
-) -> None:
+def test_a_delta_is_compared_with_the_models_typical_weight_too(weight, typical, delta, severity, ratio) -> None:
     """All are RMS; the matrix has 64 values, so that its norms are 8 times as large."""
     shape = dataclasses.replace(tensor(), shape=(8, 8), numel=64)
     merge = merged(shape, base_norm=8 * weight, delta_norm=8 * delta)

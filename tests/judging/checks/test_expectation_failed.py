@@ -1,7 +1,5 @@
 """When expectation-failed fires, and what it says: its messages are in expectation-failed.txt."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """When file-corrupt fires, and what it says: its messages are in file-corrupt.txt."""
 
-from __future__ import annotations
-
 from tests.support.judging.cases import found_in_files, reason
 from tests.support.judging.every_check import EveryCheck
 

@@ -1,7 +1,5 @@
 """When headroom fires, and what it says: its messages are in headroom.txt."""
 
-from __future__ import annotations
-
 import math
 
 from tests.support.faults import healthy, poison

@@ -1,7 +1,5 @@
 """When keys-missing fires, and what it says: its messages are in keys-missing.txt."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from tests.support.judging.cases import LORA_A, LORA_B, MANY, Given, evidence, files, headers, reason

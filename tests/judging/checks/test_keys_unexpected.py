@@ -1,7 +1,5 @@
 """When keys-unexpected fires, and what it says: its messages are in keys-unexpected.txt."""
 
-from __future__ import annotations
-
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.terms import Severity
 from tests.support.judging.cases import LORA_A, Given, evidence, files, headers

@@ -1,7 +1,5 @@
 """When meaning-changed fires, and what it says: its messages are in meaning-changed.txt."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest
@@ -9,7 +7,6 @@ import pytest
 from merge_gate.files.adapter_config import recorded
 from merge_gate.judging.checks.meaning_changed import changes
 from merge_gate.judging.peft_releases import Span
-from merge_gate.records.files import StoredTensor
 from tests.support.judging.cases import LOKR, Given, files
 from tests.support.judging.every_check import EveryCheck
 from tests.support.judging.releases import ALWAYS, CONVOLUTION, DORA, EMBEDDING, LINEAR, LORA_0_14
@@ -57,9 +54,7 @@ class TestMeaningChanged(EveryCheck):
         (ALWAYS | {"peft_type": "LORA", "peft_version": "0.5.0"}, LINEAR, []),
     ],
 )
-def test_what_changed_is_known_by_the_config(
-    config: dict[str, Any], tensors: tuple[StoredTensor, ...], expected: list[str]
-) -> None:
+def test_what_changed_is_known_by_the_config(config, tensors, expected) -> None:
     found = changes(recorded(config), tensors)
     assert [change.name for change, _ in found] == expected
 

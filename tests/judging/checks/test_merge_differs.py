@@ -3,8 +3,6 @@
 More real adapters that it fails are in tests/engine/merge/test_proof.py and tests/engine/test_custom_forward.py.
 """
 
-from __future__ import annotations
-
 import math
 
 from merge_gate.records.measured import Evidence, FileTensor, LayerDifference, TensorDifference

@@ -1,7 +1,5 @@
 """When merged-nonfinite fires, and what it says: its messages are in merged-nonfinite.txt."""
 
-from __future__ import annotations
-
 from merge_gate.records.measured import Evidence, FileTensor
 from tests.support.judging.cases import (
     LORA_B,

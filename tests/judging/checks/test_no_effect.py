@@ -1,7 +1,5 @@
 """When no-effect fires, and what it says: its messages are in no-effect.txt."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

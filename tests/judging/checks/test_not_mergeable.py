@@ -1,7 +1,5 @@
 """When not-mergeable fires, and what it says: its messages are in not-mergeable.txt."""
 
-from __future__ import annotations
-
 from merge_gate.judging.checks.not_mergeable import DEFECTS
 from merge_gate.records.terms import Severity
 from tests.support.judging.cases import FOURIERFT, MODULE, Given, evidence, files, judge, reason, refusing, spec, unread

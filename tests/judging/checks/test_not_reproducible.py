@@ -1,7 +1,5 @@
 """When not-reproducible fires, and what it says: its messages are in not-reproducible.txt."""
 
-from __future__ import annotations
-
 from tests.support.judging.cases import Given, files
 from tests.support.judging.every_check import EveryCheck
 

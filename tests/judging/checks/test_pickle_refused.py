@@ -1,7 +1,5 @@
 """When pickle-refused fires, and what it says: its messages are in pickle-refused.txt."""
 
-from __future__ import annotations
-
 from tests.support.judging.cases import found_in_files
 from tests.support.judging.every_check import EveryCheck
 

@@ -1,7 +1,5 @@
 """When rounding-loss fires, and what it says: its messages are in rounding-loss.txt."""
 
-from __future__ import annotations
-
 import math
 
 import pytest
@@ -108,9 +106,7 @@ def configured(limit: float | None, error_limit: float | None = None) -> CheckSe
         (0.9, None, 0.95, Severity.WARNING),
     ],
 )
-def test_the_effect_decides_if_it_was_measured(
-    limit: float, error_limit: float | None, change: float, severity: Severity | None
-) -> None:
+def test_the_effect_decides_if_it_was_measured(limit, error_limit, change, severity) -> None:
     findings = judge(with_settings(spec(), configured(limit, error_limit)), files(), run(change))
     found = of("rounding-loss", findings)
     assert [finding.severity for finding in found] == ([] if severity is None else [severity])

@@ -1,7 +1,5 @@
 """When served-names fires, and what it says: its messages are in served-names.txt."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from merge_gate.records.measured import ServedClass

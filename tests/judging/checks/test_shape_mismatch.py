@@ -1,7 +1,5 @@
 """When shape-mismatch fires, and what it says: its messages are in shape-mismatch.txt."""
 
-from __future__ import annotations
-
 from tests.support.judging.cases import LORA_A, LORA_B, reason, refusing
 from tests.support.judging.every_check import EveryCheck
 

@@ -1,7 +1,5 @@
 """When targets-not-found fires, and what it says: its messages are in targets-not-found.txt."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from merge_gate.records.refusals import Refusal

@@ -1,7 +1,5 @@
 """When tied-weights fires, and what it says: its messages are in tied-weights.txt."""
 
-from __future__ import annotations
-
 from tests.support.judging.cases import Given, evidence
 from tests.support.judging.every_check import EveryCheck
 

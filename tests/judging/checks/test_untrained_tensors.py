@@ -1,7 +1,5 @@
 """When untrained-tensors fires, and what it says: its messages are in untrained-tensors.txt."""
 
-from __future__ import annotations
-
 from tests.support.judging.cases import Given, base, evidence
 from tests.support.judging.every_check import EveryCheck
 
