@@ -98,7 +98,6 @@ def test_the_page_names_what_the_recipes_expect() -> None:
 def recipe() -> Any:
     """The script as a module of its own."""
     spec = importlib.util.spec_from_file_location("hf_job", RECIPES / "hf_job.py")
-    assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

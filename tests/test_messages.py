@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Finding, Origin, Severity, Verdict
 from tests.support.cases import gated
-from tests.support.faults import ALLOW_PICKLE, configure, edit, halve, overwrite, remove, rename, save_twice
-from tests.support.models import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Shelf, read_tensors
+from tests.support.faults import ALLOW_PICKLE, configure, edit, halve, rename, save_twice
+from tests.support.models import ADAPTER_WEIGHTS, Shelf
 from tests.support.wording import Wording
 
 CORPUS = Path(__file__).parent / "corpus"
@@ -76,33 +76,6 @@ def tensors(content: Mapping[str, tuple[int, ...]]) -> Callable[[Path], None]:
     return lambda directory: write(directory / ADAPTER_WEIGHTS, dict(content))
 
 
-def windows(directory: Path) -> None:
-    """What Git's autocrlf does to a file that it takes for text."""
-    path = directory / ADAPTER_WEIGHTS
-    write(path, {f"{PREFIX}model.layers.0.self_attn.q_proj.lora_{side}.weight": (64, 64) for side in "AB"})
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-4096].replace(b"\n", b"\r\n") + bytes(range(256)).replace(b"\n", b"\r\n") * 16)
-
-
-def renamed_copy(directory: Path) -> None:
-    (directory / ADAPTER_WEIGHTS).rename(directory / f"Copy of {ADAPTER_WEIGHTS}")
-
-
-def split(directory: Path) -> None:
-    (directory / ADAPTER_WEIGHTS).rename(directory / "adapter_model-00001-of-00002.safetensors")
-
-
-def torch_saved(directory: Path) -> None:
-    content = {name: tensor.clone() for name, tensor in read_tensors(directory).items()}
-    torch.save(content, directory / ADAPTER_WEIGHTS)
-
-
-def in_a_checkpoint(directory: Path) -> None:
-    (directory / "checkpoint-40").mkdir()
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        (directory / name).rename(directory / "checkpoint-40" / name)
-
-
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 UNET = {f"unet.{ATTENTION}.lora_A.weight": (4, 8), f"unet.{ATTENTION}.lora_B.weight": (8, 4)}
 FLUX = {f"transformer.transformer_blocks.0.attn.to_q.lora_{side}.weight": (4, 4) for side in "AB"}
@@ -118,42 +91,17 @@ HUB_HINT = ("adapters.init(model)", "model.merge_adapter(name)")
 
 
 def other_formats() -> tuple[Row, ...]:
-    file = Origin.FILE
-    missing, config = "file-missing", "config-invalid"
+    config = "config-invalid"
     both_mlx = files(adapter_config__json=MLX_CONFIG, adapters__safetensors=MLX)
     both_hub = files(adapter_config__json=ADAPTER_HUB_CONFIG, pytorch_adapter__bin=b"PK", head_config__json=b"{}")
-    kohya = ("kohya", "ComfyUI", "pipe.load_lora_weights(FILE)", "adapter_model.safetensors")
-    gguf = ("llama.cpp",)
     return (
-        row("unet", missing, *DIFFUSERS, origin=file, break_=files(pytorch_lora_weights__safetensors=UNET)),
-        row("transformer", missing, *DIFFUSERS, origin=file, break_=files(pytorch_lora_weights__safetensors=FLUX)),
-        row("kohya", missing, *kohya, break_=files(style__safetensors=KOHYA)),
-        row("gguf", missing, *gguf, break_=files(lora__gguf=GGUF)),
         row("mlx", config, "peft_type", *MLX_HINT, break_=both_mlx),
-        row("mlx-weights", missing, *MLX_HINT, break_=both_mlx),
         row("adapter-hub", config, "peft_type", *HUB_HINT, break_=both_hub),
-        row("adapter-hub-weights", missing, *HUB_HINT, break_=both_hub),
-        row("merged", missing, "model", break_=files(config__json={"model_type": "llama"}, model__safetensors=UNET)),
         row("unet-inside", "keys-missing", *DIFFUSERS, break_=tensors(UNET)),
         row("transformer-inside", "keys-missing", *DIFFUSERS, break_=tensors(FLUX)),
         row("kohya-inside", "keys-missing", "kohya", "convert_sd_adapter_to_peft.py", break_=tensors(KOHYA)),
         row("mlx-inside", "keys-missing", *MLX_HINT, break_=tensors(MLX)),
         row("adapter-hub-inside", "keys-missing", *HUB_HINT, break_=tensors(ADAPTER_HUB)),
-        row("gguf-inside", "file-corrupt", "GGUF", *gguf, break_=overwrite(GGUF)),
-    )  # fmt: skip
-
-
-def files_gone_wrong() -> tuple[Row, ...]:
-    page = b"<!DOCTYPE html><html>Sign in</html>"
-    return (
-        row("copy", "file-missing", "rename", break_=renamed_copy),
-        row("split", "file-missing", "-of-00002", "sharded", break_=split),
-        row("neither", "file-missing", "'README.md'", break_=files(README__md=b"# A model")),
-        row("checkpoint", "file-missing", "'checkpoint-40'", break_=in_a_checkpoint),
-        row("no-config", "file-missing", ADAPTER_WEIGHTS, "save_pretrained", break_=remove(ADAPTER_CONFIG)),
-        row("line-ends", "file-corrupt", "CR", ".gitattributes", break_=windows),
-        row("page", "file-corrupt", "HTML", "token", break_=overwrite(page)),
-        row("torch-save", "file-corrupt", "zip", "adapter_model.bin", "allow-pickle", break_=torch_saved),
     )  # fmt: skip
 
 
@@ -225,7 +173,7 @@ def adapter_and_base() -> tuple[Row, ...]:
     )  # fmt: skip
 
 
-ROWS = (*other_formats(), *files_gone_wrong(), *of_other_releases(), *of_machines_without_a_gpu(), *adapter_and_base())
+ROWS = (*other_formats(), *of_other_releases(), *of_machines_without_a_gpu(), *adapter_and_base())
 
 
 # --- one run -------------------------------------------------------------------------------------------------------

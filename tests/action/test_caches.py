@@ -39,7 +39,6 @@ def run_of(tmp_path: Path, event: str, payload: object = None, *, private: bool 
 def fill(environ: dict[str, str]) -> None:
     """What a run leaves in both directories."""
     for cache in (caches.verdicts(environ), caches.hub(environ)):
-        assert cache is not None
         (cache.directory / "models--a--b").mkdir(parents=True)
         (cache.directory / "models--a--b" / "blob").write_bytes(b"x")
 
@@ -91,7 +90,6 @@ def test_a_cache_that_github_would_not_keep_is_not_saved(tmp_path: Path) -> None
     environ = run_of(tmp_path, "push")
     fill(environ)
     for cache in (caches.verdicts(environ), caches.hub(environ)):
-        assert cache is not None
         os.truncate(cache.directory / "models--a--b" / "blob", caches.MOST_BYTES + 1)
     assert set(caches.key_outputs(environ).values()) == {""}
 

@@ -163,7 +163,6 @@ def test_a_start_that_only_the_merge_brings_is_told(name: str, tmp_path: Path) -
     assert any(layer in name for name in one.idle)
     judgement = Gate().judge(one.adapter, one.base)
     finding = said(judgement)
-    assert finding is not None
     assert (finding.severity, (finding.module or "").endswith(layer)) == (severity, True), judgement
     assert (judgement.verdict is Verdict.FAILED) is (severity is ERROR), judgement
 
@@ -268,7 +267,6 @@ def test_what_ln_tuning_puts_in_a_layers_place_is_merged(tmp_path: Path) -> None
     one = trained(tmp_path, "siglip", config)
     edit(lambda tensors: {name: value + 0.5 for name, value in tensors.items()})(one.adapter)
     judgement = Gate().judge(one.adapter, one.base)
-    assert judgement.evidence is not None
     changed = {merge.stats.name for merge in judgement.evidence.merges if merge.changed}
     assert f"vision_model.{OUT_PROJ}.weight" in changed, judgement
 

@@ -369,7 +369,6 @@ def test_a_declaration_that_transformers_does_not_read(file, content, method, tm
     parts = {"gptq": GPTQ, "modelopt": {"weight": F8, "weight_scale": ("F32", ())}, "quanto": REFUSED["quanto"][0]}
     declared = {file: json.dumps(content).encode()}
     base = read(tmp_path, declared | {MODEL: safetensors(plus(**parts[method]))})
-    assert base.quantization is not None
     assert (base.quantization.method, base.quantization.file, base.quantization.is_read) == (method, file, False)
     assert [finding.check for finding in base.findings] == [FORMAT]
     assert file in base.findings[0].message
@@ -385,7 +384,6 @@ def test_the_remedy_names_the_base_that_the_model_card_names(tmp_path: Path) -> 
 def test_what_a_declaration_says_is_kept(tmp_path: Path) -> None:
     declared = FP8 | {"modules_to_not_convert": ["lm_head"], "fmt": "e4m3"}
     found = of_tensors(tmp_path, PLAIN, quantization_config=declared).quantization
-    assert found is not None
     assert (found.method, found.format, found.block_size, found.ignored) == ("fp8", "e4m3", (4, 4), ("lm_head",))
 
 

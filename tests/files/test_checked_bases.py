@@ -52,11 +52,7 @@ def test_a_sound_base_is_sound(place: Path) -> None:
 
 @pytest.mark.parametrize(
     ("weights", "cause"),
-    [
-        (LFS, "base-incomplete"),
-        (b"PK\3\4", "base-inconsistent"),
-        (safetensors(plus(**GPTQ)), "base-format"),
-    ],
+    [(LFS, "base-incomplete"), (b"PK\3\4", "base-inconsistent"), (safetensors(plus(**GPTQ)), "base-format")],
 )
 def test_a_broken_base_is_not_sound(weights: bytes, cause: str, place: Path) -> None:
     lay(place / "base", {MODEL: weights})

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -404,18 +403,6 @@ def test_sound_files_are_accepted_as_the_library_does(sound, padding, tmp_path) 
     assert accepts(path)
     described = {tensor.name: (tensor.dtype, list(tensor.shape)) for tensor in header_of(path)}
     assert described == {n: (e["dtype"], e["shape"]) for n, e in header.items() if n != "__metadata__"}
-
-
-# --- cost ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_thousand_small_adapters_take_seconds(tmp_path: Path) -> None:
-    shapes = {f"base_model.model.layers.{n}.q.lora_{f}.weight": [4, 4] for n in range(48) for f in "AB"}
-    make(tmp_path, shapes=shapes)
-    begin = time.process_time()
-    for _ in range(1000):
-        look(tmp_path)
-    assert time.process_time() - begin < 5
 
 
 def test_a_pickle_on_the_hub_is_refused_too(tmp_path: Path) -> None:

@@ -153,7 +153,6 @@ def test_a_combination_is_no_directory() -> None:
 def test_a_local_base_is_checked_and_kept(tmp_path: Path) -> None:
     resolved = resolve_base(str(make_directory(tmp_path / "base", BASE)), label="./base")
     assert resolved.name == "./base"
-    assert resolved.base_files is not None
     assert resolved.base_files.weights == base_weight_files(resolved.directory) == ("model.safetensors",)
 
 
@@ -525,7 +524,6 @@ def test_half_a_download_of_a_killed_run_is_not_used(hub: LoopbackHub, client: C
     call = json.dumps([{"kind": "adapter", "id": "acme/lora", "revision": None}])
     command = [sys.executable, "-P", "-c", CLIENT]
     with subprocess.Popen(command, stdin=subprocess.PIPE, env=client.env, cwd=client.home.parent) as run:
-        assert run.stdin is not None
         run.stdin.write(call.encode())
         run.stdin.close()
 
@@ -555,7 +553,6 @@ def test_errors_that_no_loopback_server_can_cause(error: OSError, wording: Wordi
     wrapped = RuntimeError("somewhere deep in a thread pool")
     wrapped.__cause__ = error
     translated = translate(wrapped, "'acme/lora':")
-    assert translated is not None
     assert "acme/lora" in translated.message
     wording(translated)
 
@@ -565,7 +562,6 @@ def test_a_certificate_without_authority_is_not_the_disks_fault(wording: Wording
     error = ssl.SSLCertVerificationError(1, "certificate verify failed")
     error.verify_message = "self-signed certificate in certificate chain"
     translated = translate(error, "'acme/lora':")
-    assert translated is not None
     wording(translated.message)
     assert "SSL_CERT_FILE" in translated.hint
 

@@ -40,7 +40,6 @@ def entry(check: str, severity: Severity) -> Entry:
 @pytest.mark.parametrize("check", NEVER_LOADED)
 def test_what_peft_must_not_see_is_not_loaded_at_any_severity(check: str, severity: Severity) -> None:
     report = adapter_report.blocked_report(entry(check, severity))
-    assert report is not None
     assert (report.verdict, report.cause) == (Verdict.ERROR, NOT_JUDGED)
     assert any(check in finding.message for finding in report.findings if finding.check == NOT_JUDGED)
 
@@ -49,7 +48,6 @@ def test_what_peft_must_not_see_is_not_loaded_at_any_severity(check: str, severi
 def test_what_the_load_finds_again_may_load_if_it_is_no_error(check: str) -> None:
     assert adapter_report.blocked_report(entry(check, Severity.WARNING)) is None
     report = adapter_report.blocked_report(entry(check, Severity.ERROR))
-    assert report is not None
     assert (report.verdict, report.cause) == (Verdict.FAILED, check)
 
 
@@ -76,7 +74,6 @@ def test_a_config_that_cannot_be_read_is_not_blamed_for_its_base(config, base, s
 def test_a_method_without_weights_is_named_before_a_load() -> None:
     tuned = files(config={"peft_type": "PROMPT_TUNING"})
     report = adapter_report.blocked_report(Entry(spec=spec(), dtype="bfloat16", members=(tuned,)))
-    assert report is not None
     assert (report.cause, report.failure) == ("not-mergeable", FailureKind.NOT_MERGEABLE)
     assert report.findings[0].message.startswith("PROMPT_TUNING adds inputs")
 
@@ -245,7 +242,6 @@ def test_the_base_is_called_as_it_was_asked_for(base: BaseSpec, named: str | Non
 
 def test_what_is_not_loaded_says_why_and_what_to_do(wording: Wording) -> None:
     report = adapter_report.blocked_report(entry("file-corrupt", Severity.WARNING))
-    assert report is not None
     lesser, why = report.findings
     assert (lesser.check, lesser.severity) == ("file-corrupt", Severity.WARNING)
     wording(why.message)
@@ -317,13 +313,11 @@ def test_a_base_that_was_not_loaded_is_the_one_asked_for() -> None:
 
 def test_a_base_that_its_load_refuses_has_a_line_with_the_reason() -> None:
     line = adapter_report.refused_base_report(ASKED, NOT_STORED)
-    assert line is not None
     (found,) = line.findings
     assert (found.check, found.severity, found.tensor) == ("base-incomplete", Severity.ERROR, "model.norm.weight")
     assert line == adapter_report.unloaded_base_report(ASKED, (found,))
     long = replace(NOT_STORED, fields={**NOT_STORED.fields, "base": "x" * 3000})
     cut = adapter_report.refused_base_report(ASKED, long)
-    assert cut is not None
     assert len(cut.findings[0].message) < 2100
     assert adapter_report.refused_base_report(ASKED, TOLD) is None, "no fault of the base, so each adapter says it"
 
@@ -380,6 +374,5 @@ def test_without_its_base_an_adapter_is_not_judged() -> None:
         base=at_b(replace(BASE_FILES, quantization=None)),
     )
     report = adapter_report.blocked_report(asked)
-    assert report is not None
     assert report.findings == (warning, PROBLEM, CONTRADICTION, OF_DTYPE)
     assert (report.verdict, report.cause, report.decided_by) == (Verdict.ERROR, "base-inconsistent", 2)

@@ -90,7 +90,6 @@ def explode(adapter: Path) -> None:
 
 def reads_of(base: Base, directory: Path) -> dict[str, int]:
     """How often each tensor of a skeleton was read from its files."""
-    assert base.feed is not None
     feed = base.feed._feed
     assert isinstance(feed, CountingFeed)
     stored = {one.name: one for one in stored_tensors(directory)}
@@ -102,7 +101,6 @@ def test_a_layer_that_starts_at_zero_fails_no_good_adapter(shelf: Shelf, tmp_pat
     base = changed(shelf, tmp_path / "base", "layers.1.self_attn.q_proj")
     make_adapter(base, tmp_path / "adapter")
     found = judged(loaded(base, tmp_path / "adapter"), tmp_path / "adapter")
-    assert found is not None
     assert found.severity is Severity.WARNING
     assert found.tensor == "model.layers.1.self_attn.q_proj.weight"
 
@@ -124,7 +122,6 @@ def test_an_adapter_that_changes_only_nearly_zero_weights(kind: str, shelf: Shel
     assert severity(load(base, tmp_path / "adapter"), tmp_path / "adapter") is Severity.WARNING
     explode(tmp_path / "adapter")
     found = judged(load(base, tmp_path / "adapter"), tmp_path / "adapter")
-    assert found is not None
     assert found.severity is Severity.ERROR
     assert found.module in {f"model.layers.{number}.self_attn.{name}_proj" for number in (0, 1) for name in "qv"}
 
@@ -139,7 +136,6 @@ def test_an_adapter_of_one_projection_of_zeros(kind: str, shelf: Shelf, tmp_path
     assert severity(load(base, tmp_path / "adapter"), tmp_path / "adapter") is None
     explode(tmp_path / "adapter")
     found = judged(load(base, tmp_path / "adapter"), tmp_path / "adapter")
-    assert found is not None
     assert (found.severity, found.module) == (Severity.ERROR, "model.layers.1.self_attn.q_proj")
 
 
@@ -171,7 +167,6 @@ def test_a_sam_as_transformers_initializes_it_passes(tmp_path: Path) -> None:
         )
         model.save_pretrained(tmp_path / "adapter")
     found = judged(loaded(tmp_path / "base", tmp_path / "adapter"), tmp_path / "adapter")
-    assert found is not None
     assert found.severity is Severity.WARNING
     assert dict(found.measured)["ratio"] > 1e6
 

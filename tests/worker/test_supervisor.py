@@ -138,7 +138,6 @@ class Killer:
 def process_of(worker: WorkerSlot) -> subprocess.Popen[bytes]:
     """The process that the slot holds now."""
     worker.start()
-    assert worker._process is not None
     return worker._process._process
 
 

@@ -172,15 +172,9 @@ BOTH = ("before", "after")
 OTHERS: dict[str, tuple[tuple[str, ...], Change]] = {
     "layers exchanged": (BOTH, exchanged),
     "embedding reversed": (BOTH, replaced("embed_tokens.weight", lambda w: w.flip(0), in_place=False)),
-    "embedding reversed in place": (
-        BOTH,
-        replaced("embed_tokens.weight", lambda w: w.flip(0), in_place=True),
-    ),
+    "embedding reversed in place": (BOTH, replaced("embed_tokens.weight", lambda w: w.flip(0), in_place=True)),
     "norm times 1.1": (BOTH, replaced("input_layernorm.weight", lambda w: w * 1.1, in_place=False)),
-    "norm times 1.1 in place": (
-        BOTH,
-        replaced("input_layernorm.weight", lambda w: w * 1.1, in_place=True),
-    ),
+    "norm times 1.1 in place": (BOTH, replaced("input_layernorm.weight", lambda w: w * 1.1, in_place=True)),
     "trained copy times 1.1": (("after",), replaced("lm_head.weight", lambda w: w * 1.1, in_place=False)),
     "trained copy times 1.1 in place": (("after",), replaced("lm_head.weight", lambda w: w * 1.1, in_place=True)),
     "transposed": (("after",), replaced("q_proj.weight", lambda w: w.T, in_place=False)),

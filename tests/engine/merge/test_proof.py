@@ -75,7 +75,6 @@ def test_without_a_fault_nothing_differs(dtype: str, bench: Bench) -> None:
     for base in TARGETS:
         judgement = judged(bench, case_of(base, "lora"), dtype)
         assert judgement.verdict is Verdict.PASSED, judgement
-        assert judgement.evidence is not None
         assert judgement.evidence.different == ()
         assert judgement.evidence.forward.layers_compared > 0
         assert judgement.evidence.forward.largest_difference < 1e-4
@@ -152,7 +151,6 @@ def test_two_names_for_a_trained_parameter_do_not_differ(dtype: str, bench: Benc
 def test_attention_of_torch_is_compared(bench: Bench) -> None:
     for name in ("lora-mha", "lora-mha-bias-term"):
         evidence = judged(bench, methods.find(name), "float16").evidence
-        assert evidence is not None
         assert (evidence.forward.layers_compared, evidence.different) == (1, ())
 
 
@@ -206,14 +204,12 @@ def test_a_fault_in_a_layer_in_blocks_does_not_reach_the_result(bench: Bench) ->
     base = bench.base("llama", "float32").state_dict()
     case = methods.make_case("all", "llama", "LoraConfig", r=4, target_modules=ALL)
     healthy = judged(bench, case, "float32").evidence
-    assert healthy is not None
     (unchecked,) = {"model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.o_proj"} - {*healthy.cross_checked}
     key = key_of(base[f"{unchecked}.weight"])
     fault = Fault(lambda merge: merge.before if key_of(merge.before) == key else merge.after)
     with fault.made():
         judgement = judged(bench, case, "float32")
     assert judgement.verdict is Verdict.PASSED, judgement
-    assert judgement.evidence is not None
     assert judgement.evidence.merges == healthy.merges
 
 
@@ -242,7 +238,6 @@ def test_layers_with_other_settings_are_compared_apart(bench: Bench) -> None:
             del layer.factor
         base.template = None
     assert judgement.cause == "merge-differs", judgement
-    assert judgement.evidence is not None
     assert [one.module for one in judgement.evidence.different] == ["model.layers.0.self_attn.o_proj"]
 
 
@@ -251,7 +246,6 @@ def test_a_quantized_layer_is_compared_before_it_is_packed(quantization, bench, 
     adapter, base = bench.adapter(methods.find("lora-linear")), bench.base_directory("llama", "bfloat16")
     judgement = bench.gate.judge(adapter, base, quantization=quantization)
     assert judgement.verdict is Verdict.PASSED, judgement
-    assert judgement.evidence is not None
     assert judgement.evidence.forward.layers_compared > 0
     assert judgement.evidence.forward.largest_difference < 1e-4
     kind = lora.Linear8bitLt if quantization is Quantization.BNB_8BIT else lora.Linear4bit
@@ -259,5 +253,4 @@ def test_a_quantized_layer_is_compared_before_it_is_packed(quantization, bench, 
     monkeypatch.setattr(kind, "get_delta_weight", lambda self, adapter: 1.1 * real(self, adapter))
     judgement = bench.gate.judge(adapter, base, quantization=quantization)
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "merge-differs"), judgement
-    assert judgement.evidence is not None
     assert len(judgement.evidence.different) == 2

@@ -77,5 +77,4 @@ def test_a_base_that_is_quantized_otherwise_is_refused(declared, asked, wording)
 def test_the_base_is_called_as_it_was_asked_for(spec: BaseSpec, name: str) -> None:
     asked = dataclasses.replace(spec, quantization=Quantization.BNB_4BIT)
     found = base_format.of_request(asked, BaseFiles(directory="/cache/b", quantization=FP8))
-    assert found is not None
     assert f" {name} " in found.message

@@ -18,21 +18,9 @@ def names(base_name: str, revision: str | None = None) -> AdapterFiles:
 class TestBaseMismatch(EveryCheck):
     FIRES = (
         Given(files=names("acme/mistral"), spec=ON_LLAMA),
-        Given(
-            files=names("/home/alice/mistral"),
-            spec=ON_LLAMA,
-            severity=Severity.NOTE,
-        ),
-        Given(
-            files=names("unsloth/llama-bnb-4bit"),
-            spec=ON_LLAMA,
-            severity=Severity.NOTE,
-        ),
-        Given(
-            evidence(base=base(revision="c0ffee")),
-            names("acme/llama", "v1"),
-            spec=ON_LLAMA,
-        ),
+        Given(files=names("/home/alice/mistral"), spec=ON_LLAMA, severity=Severity.NOTE),
+        Given(files=names("unsloth/llama-bnb-4bit"), spec=ON_LLAMA, severity=Severity.NOTE),
+        Given(evidence(base=base(revision="c0ffee")), names("acme/llama", "v1"), spec=ON_LLAMA),
         Given(evidence(resized=(256, 260)), severity=Severity.NOTE),
     )
     SITUATIONS = {
@@ -41,14 +29,10 @@ class TestBaseMismatch(EveryCheck):
             files(config={"task_type": "MASKED_LM"}),
         ),
         "a revision of the base that the config does not name": Given(
-            evidence(base=base(revision="c0ffee")),
-            names("acme/llama", "v1"),
-            ON_LLAMA,
+            evidence(base=base(revision="c0ffee")), names("acme/llama", "v1"), ON_LLAMA
         ),
         "the revision that was asked for": Given(
-            evidence(base=base(revision="c0ffee")),
-            names("acme/llama", "c0ffee"),
-            ON_LLAMA,
+            evidence(base=base(revision="c0ffee")), names("acme/llama", "c0ffee"), ON_LLAMA
         ),
         "a base whose name only begins like the one used": Given(files=names("acme/llamaX", "main"), spec=ON_LLAMA),
     }
@@ -57,18 +41,10 @@ class TestBaseMismatch(EveryCheck):
         Given(files=names("acme/Llama"), spec=ON_LLAMA),
         Given(files=names("C:\\models\\llama\\"), spec=ON_LLAMA),
         Given(files=names("acme/mistral")),
+        Given(files=names("acme/mistral"), spec=spec(base=NAMED, expect=Expect(base="acme/mistral"))),
         Given(
-            files=names("acme/mistral"),
-            spec=spec(base=NAMED, expect=Expect(base="acme/mistral")),
-        ),
-        Given(
-            files=names("Acme/Mistral"),
-            spec=spec(base=dataclasses.replace(NAMED, names=("acme/phi", "acme/mistral"))),
+            files=names("Acme/Mistral"), spec=spec(base=dataclasses.replace(NAMED, names=("acme/phi", "acme/mistral")))
         ),
         Given(spec=ON_LLAMA),
-        Given(
-            evidence(base=base(revision="v1")),
-            names("llama", "v1"),
-            spec=ON_LLAMA,
-        ),
+        Given(evidence(base=base(revision="v1")), names("llama", "v1"), spec=ON_LLAMA),
     )

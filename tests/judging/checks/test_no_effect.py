@@ -122,8 +122,7 @@ class TestNoEffect(EveryCheck):
         "a module without rank that is not AdaLoRA's": Given(pruned("LORA")),
         "no effect in float32": Given(evidence(base=base(dtype="float32"), merges=(merged(changed=False),))),
         "a trained KaSA of which a module is not changed": Given(
-            evidence(targeted=(MODULE, SECOND), merges=(merged(), merged(module=SECOND, changed=False))),
-            KASA,
+            evidence(targeted=(MODULE, SECOND), merges=(merged(), merged(module=SECOND, changed=False))), KASA
         ),
         "little headroom in three": Given(
             evidence(
