@@ -76,12 +76,10 @@ def test_a_directory_that_one_may_not_write_to(tmp_path: Path, wording: Wording)
     if user == 0:
         os.seteuid(65534)
     try:
-        with pytest.raises(UsageError) as caught:
-            write_report(PASS, locked / "out")
-        wording(caught.value)
-        with pytest.raises(UsageError) as caught:
-            write_report(PASS, locked)
-        wording(caught.value)
+        for place in (locked / "out", locked):
+            with pytest.raises(UsageError) as caught:
+                write_report(PASS, place)
+            wording(caught.value)
     finally:
         os.seteuid(user)
 

@@ -474,4 +474,3 @@ def test_every_format_names_the_kind(check: str) -> None:
     for text in (summary.render(run), html_report.render(run), junit.render(run), sarif.render(run)):
         assert kind in text
     assert kind in terminal_text.render(run, "out")
-    assert Finding is type(run.adapters[0].findings[0])

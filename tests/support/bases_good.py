@@ -333,10 +333,7 @@ PACKAGED = by_name(
     ),
     case("compressed-tensors-fp8-by-tensors", _by_tensors, "bfloat16", **_BY_PACKAGE),
     case(
-        "compressed-tensors-int8",
-        lambda: llama().packed(bases.int8_channel).declared(INT8),
-        "bfloat16",
-        **_BY_PACKAGE,
+        "compressed-tensors-int8", lambda: llama().packed(bases.int8_channel).declared(INT8), "bfloat16", **_BY_PACKAGE
     ),
     case("compressed-tensors-int4", _int4, "bfloat16", **_BY_PACKAGE),
     case("compressed-tensors-int4-in-shards", lambda: _int4().sharded(3), "bfloat16", **_BY_PACKAGE),

@@ -39,10 +39,8 @@ def test_a_verdict_comes_back_with_its_time_and_place(tmp_path: Path, verdict: V
     fresh = judged(one, verdict)
     before, document = stored(fresh, one)
     back = restored(document, one)
-    assert back is not None
     assert back.adapter.cached
     assert back.adapter.judged == before.adapter.judged
-    assert back.adapter.judged is not None
     assert (back.adapter.judged.place, back.adapter.judged.seconds) == (PLACE, fresh.adapter.seconds)
     plain = replace(back.adapter, cached=False, judged=None, seconds=fresh.adapter.seconds)
     assert dump(plain) == dump(fresh.adapter)
@@ -53,7 +51,6 @@ def test_names_and_places_in_the_config_are_those_of_today(tmp_path: Path) -> No
     one = entry(tmp_path)
     _, document = stored(judged(one), one)
     back = restored(document, other(one, name="two", source="./two", line=9, column=1))
-    assert back is not None
     assert (back.adapter.name, back.adapter.source, back.adapter.line, back.adapter.column) == ("two", "./two", 9, 1)
 
 
@@ -62,10 +59,7 @@ DIED = not_judged("the worker died", "run it again")
 
 @pytest.mark.parametrize(
     "fields",
-    [
-        {"verdict": Verdict.ERROR, "cause": DIED.check, "findings": (DIED,)},
-        {"coverage": Coverage(parameters_total=9)},
-    ],
+    [{"verdict": Verdict.ERROR, "cause": DIED.check, "findings": (DIED,)}, {"coverage": Coverage(parameters_total=9)}],
     ids=["an error, which says nothing about another run", "a pass without coverage"],
 )
 def test_a_sealed_verdict_that_does_not_count_is_a_miss(fields: dict[str, Any], tmp_path: Path) -> None:

@@ -72,7 +72,6 @@ def store(cache: VerdictCache, entry: Entry, device: DeviceChosen = CPU) -> None
     """Store the verdict of a run on this entry."""
     verdict = judged(entry)
     made = keyed(entry, verdict.adapter, BASE, device_name(device), ())
-    assert made is not None
     cache.decided(made[0], verdict.base, made[1])
 
 
@@ -125,7 +124,6 @@ def test_digests_are_reused_unless_verdicts_are_not(one: Entry) -> None:
         run = a_run(RunOptions(features={"refresh": refresh}))
         with closing(open_cache(one, run=run)):
             seen_bases = run.watch.remembered
-            assert seen_bases is not None
             seen_bases.store(directory, identity, digests, time.time_ns() + 3_000_000_000)
             assert seen_bases.lookup(directory, identity) == found
 

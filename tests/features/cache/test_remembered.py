@@ -36,7 +36,6 @@ def known_devices(place: Path, requested: str = "cuda", boot: str | None = BOOT,
 
 def test_a_processor_is_known_without_a_document(tmp_path: Path) -> None:
     found = known_devices(tmp_path, "cpu").lookup()
-    assert found is not None
     assert found.device == "cpu"
     assert known_devices(tmp_path, "auto").lookup() == (None if has_card() else found)
     assert known_devices(tmp_path).lookup() is None
@@ -214,7 +213,6 @@ def test_the_figures_of_an_earlier_run_are_found(records: StoredFigures) -> None
     records.store(BASE_KEY, CONTENT, RECORD)
     (found,) = records.lookup(BASE_KEY, CONTENT)
     assert (found.model_class, found.figures) == (RECORD.model_class, RECORD.figures)
-    assert found.run is not None
     assert found.run.place == "acme run 7"
     assert found.run.at.endswith("Z")
 

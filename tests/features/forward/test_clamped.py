@@ -89,7 +89,6 @@ SPREAD = torch.randn(32, generator=torch.Generator().manual_seed(1)).pow(5) * 60
 def test_a_model_that_clamps_passes_with_a_warning(name: str, tmp_path: Path) -> None:
     forward, found = judged(name, tmp_path)
     assert forward.nonfinite_origin is Origin.ADAPTER
-    assert forward.output_error is not None
     assert forward.output_error < 1
     assert CLAMPED in found.items()
     assert Severity.ERROR not in found.values()
@@ -108,6 +107,5 @@ def test_a_model_that_clamps_and_returns_other_values_fails(changes_logits: bool
     A large effect on the logits, which are right then, does not hide it: the encoder's states are returned, too.
     """
     forward, found = judged(WHISPER, tmp_path, factor=SPREAD, changes_logits=changes_logits)
-    assert forward.output_error is not None
     assert forward.output_error > 1
     assert found["activation-nonfinite"] is Severity.ERROR

@@ -139,5 +139,4 @@ def test_a_billion_layers_that_share_weights_end(tmp_path: Path, monkeypatch: py
     base = lay(tmp_path, "many", "albert", {"num_hidden_layers": 10**9})
     judgement = Gate().judge(base / "adapter", base)
     assert judgement.verdict is Verdict.PASSED, judgement
-    assert judgement.evidence is not None
     assert "more than 2000 operations" in (judgement.evidence.forward.why_not or "")

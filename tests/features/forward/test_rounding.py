@@ -200,7 +200,6 @@ def test_the_experts_are_those_of_the_unmerged_adapter(tmp_path: Path) -> None:
     forward = trial.measured(trial.loaded("bfloat16"))
     _, with_other_experts = trial.plain("bfloat16")
     assert forward.choices_changed
-    assert forward.rounding_change is not None
     assert forward.rounding_change < 0.9 * with_other_experts
 
 

@@ -108,7 +108,6 @@ def test_what_only_the_unmerged_adapter_exceeds_is_no_fault(loud: Base, shelf: S
 
 def test_close_to_the_limit_the_merged_model_counts(loud: Base, shelf: Shelf, tmp_path: Path) -> None:
     forward = merge(request_for(loud, louder(shelf, tmp_path, 2.35))).forward
-    assert forward.largest is not None
     assert LIMIT > forward.largest > 0.9 * LIMIT
     assert is_close(forward)
     assert is_close(replace(forward, nonfinite_origin=Origin.ADAPTER, largest=1.0))
@@ -121,9 +120,6 @@ def test_the_largest_module_that_the_adapter_raises_is_known(loud: Base, shelf: 
     directory = edited_adapter(shelf.adapter("loud-base"), tmp_path / "raising", lambda one: one[name].mul_(100.0))
     forward = merge(request_for(loud, directory)).forward
     assert (forward.largest_module, forward.raised_module) == ("lm_head", "model.layers.1.self_attn.v_proj")
-    assert forward.raised is not None
-    assert forward.raised_of_base is not None
-    assert forward.largest is not None
     assert forward.raised_of_base < forward.raised < forward.largest
 
 

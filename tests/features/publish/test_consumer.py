@@ -290,11 +290,9 @@ def test_what_cannot_be_published_is_refused(
     variant: str, options: dict[str, Any], names: tuple[str, ...], shelf: Shelf
 ) -> None:
     sent = sent_by(shelf.base(VARIANTS[variant].base), shelf.adapter(variant), **options)
-    assert sent.refusal is not None
     assert sent.refusal.hint
     assert [name for name in names if name not in sent.refusal.message] == []
     assert sent.planned == ()
-    assert sent.evidence is not None
     assert sent.evidence.refusal is None  # the merge itself is judged
 
 
@@ -319,7 +317,6 @@ class Broken(Sent):
 def test_an_error_while_a_model_is_written_costs_only_the_model(error: Exception, shelf: Shelf) -> None:
     base, adapter = shelf.base("llama"), shelf.adapter("every-projection")
     broken = sent_by(base, adapter, sent=Broken(error))
-    assert broken.refusal is not None
     assert str(error.args[-1]) in broken.refusal.message
     expected = sent_by(base, adapter).evidence
     assert expected is not None
@@ -463,7 +460,6 @@ def test_a_quantized_base_is_published_with_plain_weights(
     options = {"publish": "bfloat16", "dtype": "bfloat16", "quantization": quantization}
     sent = sent_by(base, adapter, dequantized=True, **options)
     assert sent.refusal is None
-    assert sent.evidence is not None
     assert (sent.evidence.base.quantization, sent.evidence.base.dtype) == (quantization, "bfloat16")
     assert {one.name for one in sent.tensors} == stored(base).keys()
     configured(write_model(base, tmp_path / "published", sent), dtype="bfloat16")

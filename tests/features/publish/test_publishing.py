@@ -179,16 +179,15 @@ def plan_of(dtype: str = "BF16") -> tuple[StoredTensor, ...]:
     return tuple(StoredTensor(name=name, dtype=dtype, shape=(8, 8)) for name in NAMES)
 
 
-def overwrite_a_header(publisher: Publications, task: int, _tensors: Mapping[str, bytes]) -> None:
-    with opened(publisher.planned(task, plan_of())) as descriptors:
-        os.pwrite(descriptors[0], b"x", 9)
-    publisher.written(PublicationWritten(task=task))
+def edited(change: Callable[[tuple[int, ...]], object]) -> Send:
+    """Plan a merge, and change its files."""
 
+    def send(publisher: Publications, task: int, _tensors: Mapping[str, bytes]) -> None:
+        with opened(publisher.planned(task, plan_of())) as descriptors:
+            change(descriptors)
+        publisher.written(PublicationWritten(task=task))
 
-def cut_a_file(publisher: Publications, task: int, _tensors: Mapping[str, bytes]) -> None:
-    with opened(publisher.planned(task, plan_of())) as descriptors:
-        os.ftruncate(descriptors[1], 20)
-    publisher.written(PublicationWritten(task=task))
+    return send
 
 
 @contextmanager
@@ -232,8 +231,8 @@ SENDERS: dict[str, Send] = {
     "a plan without an end": lambda publisher, task, _: [os.close(one) for one in publisher.planned(task, plan_of())],
     "an end without a plan": lambda publisher, task, _: publisher.written(PublicationWritten(task=task)),
     "nothing": lambda *_: None,
-    "another header": overwrite_a_header,
-    "a shorter file": cut_a_file,
+    "another header": edited(lambda descriptors: os.pwrite(descriptors[0], b"x", 9)),
+    "a shorter file": edited(lambda descriptors: os.ftruncate(descriptors[1], 20)),
 }
 
 
@@ -441,10 +440,11 @@ def test_an_error_of_one_model_costs_that_model(place: Path, monkeypatch: pytest
     assert [adapter["cause"] for adapter in adapters_of(place)] == ["not-published", None]
 
 
-def test_a_model_is_not_published_of_a_base_that_is_read_in_part(place: Path) -> None:
-    assert play(place, "--publish", "merged", "--read", "touched", "--cache", "cache") == 2
+@pytest.mark.parametrize(
+    "words",
+    [("--publish", "merged", "--read", "touched", "--cache", "cache"), ("--max-shard-size", "5GB")],
+    ids=["a base that is read in part", "a limit on files without a directory"],
+)
+def test_options_that_contradict_each_other_are_refused(place: Path, words: tuple[str, ...]) -> None:
+    assert play(place, *words) == 2
     assert not (place / "merged").exists()
-
-
-def test_a_limit_on_the_files_needs_a_directory(place: Path) -> None:
-    assert play(place, "--max-shard-size", "5GB") == 2

@@ -5,6 +5,7 @@ import random
 import resource
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -37,21 +38,20 @@ WEIGHTS = safetensors(VALUES, a=1000)
 FILES = {MODEL: WEIGHTS, "config.json": b"{}"}
 
 
-class LaidOut:
-    """What `resolve_base` gets, and keeps for the test."""
+def streaming(parent: Path, files: list[HubFiles] | None = None, **options: Any) -> Fetching:
+    """A base is laid out in `parent`, and its files are added to `files`."""
 
-    def __init__(self, parent: Path) -> None:
-        self._parent = parent
-        self.files: HubFiles | None = None
-
-    def __call__(self, base: Fetched) -> str:
-        directory, self.files = lay_out(base, str(self._parent))
+    def lay(base: Fetched) -> str:
+        directory, of_hub = lay_out(base, str(parent))
+        (files if files is not None else []).append(of_hub)
         return directory
 
+    return Fetching(**{"access": Access.STREAM, "lay_out": lay} | options)
 
-def resolved(tmp_path: Path, access: Access = Access.STREAM) -> tuple[Snapshot, HubFiles | None]:
-    laid_out = LaidOut(tmp_path)
-    return resolve_base(BASE, how=Fetching(access=access, lay_out=laid_out)), laid_out.files
+
+def resolved(tmp_path: Path, access: Access = Access.STREAM) -> tuple[Snapshot, list[HubFiles]]:
+    files: list[HubFiles] = []
+    return resolve_base(BASE, how=streaming(tmp_path, files, access=access)), files
 
 
 def weights_in_cache(tmp_path: Path) -> list[str]:
@@ -60,15 +60,13 @@ def weights_in_cache(tmp_path: Path) -> list[str]:
 
 def test_the_directory_has_the_header_and_the_length_and_no_data(server: LoopbackHub, tmp_path: Path) -> None:
     commit = server.add_repo(BASE, FILES)
-    base, files = resolved(tmp_path)
-    assert files is not None
+    base, _ = resolved(tmp_path)
     stub = Path(base.directory, MODEL)
     head = WEIGHTS[: -len(VALUES)]
     assert stub.read_bytes() == head + bytes(len(VALUES))
     with stub.open("rb") as file:
         assert [tensor.name for tensor, _, _ in parse_places(file)] == ["a"]
     assert base.revision == commit
-    assert base.base_files is not None
     assert base.base_files.is_streamed
     assert [one.name for one in base.base_files.tensors] == ["a"]
     assert weights_in_cache(tmp_path) == []
@@ -76,8 +74,7 @@ def test_the_directory_has_the_header_and_the_length_and_no_data(server: Loopbac
 
 def test_the_files_have_the_true_bytes(server: LoopbackHub, tmp_path: Path) -> None:
     server.add_repo(BASE, FILES)
-    _, files = resolved(tmp_path)
-    assert files is not None
+    _, (files,) = resolved(tmp_path)
     for start, end in (
         (0, len(WEIGHTS)),
         (3, 10),
@@ -121,7 +118,6 @@ def test_a_tensor_in_two_files_is_not_compared(server: LoopbackHub, tmp_path: Pa
     index = b'{"metadata": {}, "weight_map": {"a": "%s", "b": "%s"}}' % tuple(map(str.encode, shards))
     server.add_repo(BASE, shards | {"config.json": b"{}", "model.safetensors.index.json": index})
     base, _ = resolved(tmp_path)
-    assert base.base_files is not None
     assert [one.check for one in base.base_files.findings] == ["base-inconsistent"]
 
 
@@ -168,7 +164,6 @@ def test_auto_streams_what_does_not_fit_on_the_disk(
     for access, spare, is_streamed in [*rounds, (Access.AUTO, too_much, False), (Access.STREAM, too_much, False)]:
         monkeypatch.setattr(hub, "SPARE_DISK_BYTES", spare)
         base, _ = resolved(tmp_path, access)
-        assert base.base_files is not None
         assert base.base_files.is_streamed is is_streamed
         assert weights_in_cache(tmp_path) == ([] if is_streamed else [MODEL])
 
@@ -176,13 +171,12 @@ def test_auto_streams_what_does_not_fit_on_the_disk(
 def test_pickles_are_not_streamed(server: LoopbackHub, tmp_path: Path) -> None:
     server.add_repo(BASE, {"pytorch_model.bin": b"x", "config.json": b"{}"})
     with pytest.raises(ResolveError, match="pickle"):
-        resolve_base(BASE, how=Fetching(access=Access.STREAM, lay_out=LaidOut(tmp_path), allow_pickle=True))
+        resolve_base(BASE, how=streaming(tmp_path, allow_pickle=True))
 
 
 def test_without_a_place_for_stubs_a_base_is_downloaded(server: LoopbackHub, tmp_path: Path) -> None:
     server.add_repo(BASE, FILES)
     base = resolve_base(BASE, how=Fetching(access=Access.STREAM))
-    assert base.base_files is not None
     assert not base.base_files.is_streamed
     assert weights_in_cache(tmp_path) == [MODEL]
 
@@ -191,11 +185,8 @@ def test_values_that_are_tied_are_not_compared_in_stubs(tmp_path: Path) -> None:
     data = safetensors(bytes(range(16)), **{"lm_head.weight": 2, "model.embed_tokens.weight": 2})
     (tmp_path / MODEL).write_bytes(data)
     (tmp_path / "config.json").write_text('{"tie_word_embeddings": true}')
-    notes = {
-        has_values: base_files.read_base(str(tmp_path), name="x", has_values=has_values).notes
-        for has_values in (True, False)
-    }
-    assert [len(notes[has_values]) for has_values in (True, False)] == [1, 0]
+    notes = (base_files.read_base(str(tmp_path), name="x", has_values=one).notes for one in (True, False))
+    assert [*map(len, notes)] == [1, 0]
 
 
 def test_a_base_that_is_quantized_while_it_is_loaded_is_streamed(server: LoopbackHub, tmp_path: Path) -> None:
@@ -208,8 +199,7 @@ def test_a_base_that_is_quantized_while_it_is_loaded_is_streamed(server: Loopbac
     )
     config = load_config(str(tmp_path / "gate.yml"))
     (spec,) = config.adapters
-    entry = Inputs(config, Fetching(access=Access.STREAM, lay_out=LaidOut(tmp_path))).prepare(spec)
+    entry = Inputs(config, streaming(tmp_path)).prepare(spec)
     assert entry.problem is None
-    assert entry.base_files is not None
     assert entry.base_files.is_streamed
     assert weights_in_cache(tmp_path) == []

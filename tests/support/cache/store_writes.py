@@ -30,7 +30,6 @@ for turn in range(10**9):
 def kill_while_writing(place: Path, after_s: float) -> object:
     """What is there after a writer was killed."""
     with subprocess.Popen([sys.executable, "-c", WRITER, str(place / "cache")], stdout=subprocess.PIPE) as writer:
-        assert writer.stdout is not None
         writer.stdout.readline()
         time.sleep(after_s)
         writer.kill()

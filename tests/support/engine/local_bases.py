@@ -22,12 +22,7 @@ def load_base(directory: str, *, model_class: ModelClass, **options: Any) -> Bas
 
 
 def load_local(
-    directory: str,
-    *,
-    model_class: ModelClass,
-    is_mapped: bool = True,
-    feed: LocalFeed | None = None,
-    **options: Any,
+    directory: str, *, model_class: ModelClass, is_mapped: bool = True, feed: LocalFeed | None = None, **options: Any
 ) -> Base:
     """The skeleton over the files, which are mapped, or fed; by `from_pretrained` if there is none."""
     source, feed = Source(directory=directory, **options), feed or LocalFeed(directory)
