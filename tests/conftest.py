@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import signal
@@ -17,7 +18,7 @@ from tests.support.properties import FAST_EXAMPLES
 from tests.support.wording import Wording, golden_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, MutableMapping
     from pathlib import Path
 
     from tests.support.models import Shelf
@@ -76,6 +77,23 @@ def wording(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     sentences = Wording(golden_of(request.path), request.node.name, replaced)
     yield sentences
     sentences.close()
+
+
+@pytest.fixture
+def cwd(tmp_path: Path) -> Iterator[Path]:
+    """The directory of the test, which is the current one. Afterwards, the earlier one is."""
+    with contextlib.chdir(tmp_path):
+        yield tmp_path
+
+
+@pytest.fixture
+def variables() -> Iterator[MutableMapping[str, str]]:
+    """The variables of the environment. Afterwards, they are as they were."""
+    before = dict(os.environ)
+    yield os.environ
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

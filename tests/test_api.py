@@ -77,9 +77,8 @@ def test_a_run_leaves_no_trace(run: tuple[Report, dict[str, object], dict[str, o
     assert after == before
 
 
-def test_an_output_directory_gets_the_reports(demo, tmp_path, capfd, monkeypatch) -> None:
+def test_an_output_directory_gets_the_reports(demo, tmp_path, capfd, cwd) -> None:
     """The configuration of the demo, of which one adapter is judged by its file alone."""
-    monkeypatch.chdir(tmp_path)
     config = demo / "one.yml"
     config.write_text("version: 1\nbase: ./base\nadapters: [./adapters/lfs-pointer]\n")
     report = gate(str(config), output="out", device="cpu")
@@ -93,8 +92,8 @@ def test_an_output_directory_gets_the_reports(demo, tmp_path, capfd, monkeypatch
     assert capfd.readouterr() == ("", "")
 
 
-def test_wrong_arguments_raise(demo: Path, wording: Wording, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(demo)
+def test_wrong_arguments_raise(demo: Path, wording: Wording, cwd) -> None:
+    os.chdir(demo)
     for names, options in (
         ([], {}),
         ("adapters/none", {}),
@@ -118,8 +117,7 @@ MISTAKES = ({"adapters": "typo"}, {"dtypes": 16}, {"device": "tpu"}, {"adapters"
 @pytest.mark.parametrize(
     "mistake", tried("Y60", "gate(…)", "exit 2, nothing changes", {str(mistake): mistake for mistake in MISTAKES})
 )
-def test_a_mistake_touches_no_report(mistake, demo, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_mistake_touches_no_report(mistake, demo, tmp_path, cwd) -> None:
     write_report(PASS, "out")
     before = {path.name: path.read_bytes() for path in Path("out").iterdir()}
     with pytest.raises(UsageError):

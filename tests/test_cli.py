@@ -125,8 +125,8 @@ def test_1_when_an_adapter_fails(place: Path) -> None:
     assert not (place / "merge-gate-report").exists()
 
 
-def test_without_a_name_the_usual_config_is_read(place, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(place)
+def test_without_a_name_the_usual_config_is_read(place, cwd, capsys) -> None:
+    os.chdir(place)
     configure(place, "good").rename("merge-gate.yml")
     codes, texts = [], []
     for words in ((), ("merge-gate.yml",)):

@@ -143,7 +143,7 @@ def test_the_script_waits_for_the_job_and_ends_as_it_did(last, code, capsys) -> 
     assert (given.names, given.base) == (["acme/lora"], "acme/base")
 
 
-def test_the_script_needs_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_TOKEN", raising=False)
+def test_the_script_needs_a_token(variables) -> None:
+    variables.pop("HF_TOKEN", None)
     with pytest.raises(SystemExit):
         recipe().main(["acme/base", "acme/lora"])

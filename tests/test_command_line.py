@@ -25,29 +25,26 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 
 @pytest.fixture(autouse=True)
-def usual(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def usual(variables, cwd, tmp_path: Path) -> None:
     """Help texts are 80 columns wide, and a configuration is there."""
-    monkeypatch.setenv("COLUMNS", "80")
+    variables["COLUMNS"] = "80"
     (tmp_path / "merge-gate.yml").write_text("version: 1\nadapters: [acme/one]\n")
-    monkeypatch.chdir(tmp_path)
 
 
 # --- variables -----------------------------------------------------------------------------------------------------
 
 
-def test_a_variable_stands_for_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MERGE_GATE_DEVICE", "cuda:1")
-    monkeypatch.setenv("MERGE_GATE_QUIET", "true")
-    monkeypatch.setenv("MERGE_GATE_REFRESH", "0")
-    monkeypatch.setenv("MERGE_GATE_CACHE", "")
+def test_a_variable_stands_for_an_option(variables) -> None:
+    given = {"MERGE_GATE_DEVICE": "cuda:1", "MERGE_GATE_QUIET": "true", "MERGE_GATE_REFRESH": "0"}
+    variables.update(given, MERGE_GATE_CACHE="")
     values = parsed(["run", "gate.yml"])
     assert (values.device, values.quiet, values.refresh, values.cache) == ("cuda:1", True, False, None)
     assert values.variables == {"--device": "MERGE_GATE_DEVICE", "--quiet": "MERGE_GATE_QUIET"}
 
 
 @pytest.mark.parametrize("words", [["--output", "b"], ["--output=b"], ["-o", "b"], ["-ob"]])
-def test_a_flag_goes_before_its_variable(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MERGE_GATE_OUTPUT", "a")
+def test_a_flag_goes_before_its_variable(words: list[str], variables) -> None:
+    variables["MERGE_GATE_OUTPUT"] = "a"
     values = parsed(["run", "gate.yml", *words])
     assert (values.output, values.variables) == ("b", {})
     assert parsed(["run", "gate.yml"]).output == "a"
@@ -56,14 +53,12 @@ def test_a_flag_goes_before_its_variable(words: list[str], monkeypatch: pytest.M
 
 @pytest.mark.attempt("C30", "MERGE_GATE_SHARD=2/2 in the environment of a job", "ignored: every adapter is merged")
 @pytest.mark.parametrize("command", commands())
-def test_no_variable_makes_the_gate_trust_more(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_variable_makes_the_gate_trust_more(command: str, variables) -> None:
     shown = {action for action in commands()[command]._actions if "[env: " in str(action.help)}
     options = {option for action in shown for option in action.option_strings}
     assert not options & (without_variable() | {"--set", "--expect", "--only", "--report", "--allow"})
     assert not any(isinstance(action, argparse._AppendAction) for action in shown)
-    monkeypatch.setenv("MERGE_GATE_ALLOW_PICKLE", "1")
-    monkeypatch.setenv("MERGE_GATE_SHARD", "2/2")
-    monkeypatch.setenv("MERGE_GATE_IMAGE", "cpu")
+    variables.update(MERGE_GATE_ALLOW_PICKLE="1", MERGE_GATE_SHARD="2/2", MERGE_GATE_IMAGE="cpu")
     if command == "run":
         values = parsed(["run", "x"])
         assert (values.allow_pickle, values.image, values.shard, values.variables) == (False, "", None, {})
@@ -72,9 +67,9 @@ def test_no_variable_makes_the_gate_trust_more(command: str, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("variable", "value"), [("DEVICE", "tpu"), ("ACCESS", "guess"), ("REFRESH", "maybe"), ("OUTPUT", "gate.yml")]
 )
-def test_a_wrong_variable_is_named(variable, value, monkeypatch, capsys, wording) -> None:
+def test_a_wrong_variable_is_named(variable, value, variables, capsys, wording) -> None:
     Path("gate.yml").write_text("")
-    monkeypatch.setenv(f"MERGE_GATE_{variable}", value)
+    variables[f"MERGE_GATE_{variable}"] = value
     with pytest.raises(SystemExit):
         sys.exit(main(["run", "merge-gate.yml"]))
     said = capsys.readouterr().err
@@ -82,15 +77,15 @@ def test_a_wrong_variable_is_named(variable, value, monkeypatch, capsys, wording
     wording(said.rpartition("error: ")[2])
 
 
-def test_a_variable_is_refused_where_its_option_would_be(monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
-    monkeypatch.setenv("MERGE_GATE_DTYPE", "float16")
+def test_a_variable_is_refused_where_its_option_would_be(variables, wording: Wording) -> None:
+    variables["MERGE_GATE_DTYPE"] = "float16"
     with pytest.raises(UsageError, match="MERGE_GATE_DTYPE") as caught:
         requested_config(parsed(["run", "merge-gate.yml"]))
     wording(caught.value)
 
 
-def test_the_variables_that_were_used_are_named(monkeypatch, capsys, wording) -> None:
-    monkeypatch.setenv("MERGE_GATE_COLOR", "never")
+def test_the_variables_that_were_used_are_named(variables, capsys, wording) -> None:
+    variables["MERGE_GATE_COLOR"] = "never"
     assert main(["check", "nowhere.yml"]) == 2
     wording(capsys.readouterr().err.splitlines()[0])
 
@@ -102,8 +97,8 @@ MEANT = {
 
 
 @pytest.mark.parametrize("name", tried("D9", "a variable MERGE_GATE_…", "warning, did you mean", list(MEANT)))
-def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv(f"MERGE_GATE_{name}", "x")
+def test_an_unknown_variable_is_named(variables, name: str) -> None:
+    variables[f"MERGE_GATE_{name}"] = "x"
     (line,) = parsed(["run", "one"]).unknown_variables
     meant = MEANT[name] and f"MERGE_GATE_{MEANT[name]}"
     assert name in line
@@ -111,16 +106,15 @@ def test_an_unknown_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str
     assert meant in line
 
 
-def test_an_unknown_variable_is_a_warning(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("MERGE_GATE_DTPYE", "float16")
-    monkeypatch.setenv("MERGE_GATE_EMPTY", "")
+def test_an_unknown_variable_is_a_warning(variables, capsys: pytest.CaptureFixture[str]) -> None:
+    variables.update(MERGE_GATE_DTPYE="float16", MERGE_GATE_EMPTY="")
     assert main(["schema", "config"]) == 0
     error = capsys.readouterr().err
     assert error.count("warning") == 1
     assert "MERGE_GATE_DTPYE" in error
 
 
-def test_every_variable_in_the_repository_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_variable_in_the_repository_is_known(variables) -> None:
     """Those of the action, its containers, the recipes, and the tests. Only this file names others."""
     root = Path(__file__).resolve().parent.parent
     places = ("src", "tests", "docs", "recipes", "examples", "benchmarks", ".ci", ".github")
@@ -129,8 +123,7 @@ def test_every_variable_in_the_repository_is_known(monkeypatch: pytest.MonkeyPat
         path.read_bytes() for path in (*files, *root.iterdir()) if path.is_file() and path.name != Path(__file__).name
     ]
     names = {name.decode() for text in texts for name in re.findall(rb"MERGE_GATE_[A-Z0-9_]*[A-Z0-9]\b", text)}
-    for name in names - {"MERGE_GATE_I", "MERGE_GATE_INPUT", "MERGE_GATE_DTPYE"}:
-        monkeypatch.setenv(name, "cpu")
+    variables.update(dict.fromkeys(names - {"MERGE_GATE_I", "MERGE_GATE_INPUT", "MERGE_GATE_DTPYE"}, "cpu"))
     unknown = unknown_variables(commands().values(), os.environ)
     assert len(names) > 60
     assert unknown == ()
@@ -158,8 +151,8 @@ def printed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 @pytest.mark.parametrize("columns", ["50", "80"])
 @pytest.mark.parametrize(("command", "options"), [("run", 8), ("verify", 4)])
-def test_short_help_has_few_options_and_names_the_long_one(command, options, columns, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("COLUMNS", columns)
+def test_short_help_has_few_options_and_names_the_long_one(command, options, columns, capsys, variables) -> None:
+    variables["COLUMNS"] = columns
     text = printed([command, "-h"], capsys)
     assert max(map(len, text.splitlines()[1:])) <= int(columns)  # without the usage
     assert len(re.findall(r"^  -", text, re.MULTILINE)) == options

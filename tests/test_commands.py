@@ -64,13 +64,12 @@ def weights() -> bytes:
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, cwd: Path) -> Path:
     """A directory with one adapter and its config, in which the commands run."""
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(CONFIG))
     (tmp_path / "one" / "adapter_model.safetensors").write_bytes(weights())
     (tmp_path / "gate.yml").write_text("version: 1\nadapters: [./one]\n")
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -156,21 +155,21 @@ def test_an_error_of_a_command_is_a_sentence(error, replace_command, capsys, wor
     wording(capsys.readouterr().err)
 
 
-def test_the_details_of_a_defect_are_to_be_had(replace_command, monkeypatch, capsys) -> None:
+def test_the_details_of_a_defect_are_to_be_had(replace_command, variables, capsys) -> None:
     replace_command("schema", Mock(side_effect=ZeroDivisionError("by zero")))
-    monkeypatch.setenv("MERGE_GATE_DEBUG", "1")
+    variables["MERGE_GATE_DEBUG"] = "1"
     assert main(["schema", "config"]) == 3
     said = capsys.readouterr().err
     assert "Traceback (most recent call last)" in said
     assert said.endswith("ZeroDivisionError: by zero\n")
 
 
-def test_a_directory_that_one_may_not_read_is_no_defect(place, monkeypatch, capsys) -> None:
+def test_a_directory_that_one_may_not_read_is_no_defect(place, capsys) -> None:
     """Named here or in a config, it is judged alike."""
     lay_base(place)
-    with tempfile.TemporaryDirectory() as top:  # pytest's own directories are closed to others
+    # pytest's own directories are closed to others
+    with tempfile.TemporaryDirectory() as top, contextlib.chdir(top):
         shutil.copytree(place, top, dirs_exist_ok=True)
-        monkeypatch.chdir(top)
         assert [main(["check", name]) for name in ("./one", "gate.yml")] == [0, 0], "and all that it takes is imported"
         Path("one").chmod(0)
         Path(top).chmod(0o755)
@@ -185,7 +184,6 @@ def test_a_directory_that_one_may_not_read_is_no_defect(place, monkeypatch, caps
         finally:
             os.seteuid(user)
             Path("one").chmod(0o755)
-        monkeypatch.undo()
     assert codes == (3, 3)
     assert said[0] == said[1]
     assert re.search(r"one\S* .*: Permission denied where .* to do ", " ".join(said[0].out.split()))
@@ -485,8 +483,8 @@ def test_half_a_first_config_does_not_stay(place: Path) -> None:
     assert not (place / "merge-gate.yml").exists()
 
 
-def test_a_first_config_where_nobody_can_write(place, monkeypatch, capsys, wording) -> None:
-    monkeypatch.chdir("/proc")  # where not even root can make a file
+def test_a_first_config_where_nobody_can_write(place, cwd, capsys, wording) -> None:
+    os.chdir("/proc")  # where not even root can make a file
     assert main(["init", str(place)]) == 2
     said = capsys.readouterr().err
     assert "merge-gate.yml" in said

@@ -18,13 +18,12 @@ from tests.support.reports import EMPTY
 
 
 @pytest.fixture
-def place(shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(shelf, tmp_path: Path, cwd, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory with one sound adapter and its config, and no other directory for what is passing."""
     shutil.copytree(shelf.adapter("plain"), tmp_path / "one")
     write(tmp_path, shelf.base("llama"))
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

@@ -39,7 +39,7 @@ Arrange = Callable[[Path], object]
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, cwd: Path) -> Path:
     """A directory with a damaged adapter, a base, and a config; the commands run in it."""
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(CONFIG))
@@ -47,7 +47,6 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "config.json").write_text("{}")
     (tmp_path / "gate.yml").write_text("version: 1\nadapters: [./one]\n")
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 

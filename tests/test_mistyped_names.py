@@ -36,7 +36,7 @@ def lay_adapter(directory: Path, base: str = "./models/base", revision: str | No
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub(tmp_path: Path, variables, cwd, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     """The current directory is a project with `adapters/`, `models/`, and a config in `ci/`."""
     lay_adapter(tmp_path / "adapters" / "healthy")
     for name in ("base", "merged"):
@@ -44,8 +44,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
         (tmp_path / "models" / name / "config.json").write_text("{}")
         (tmp_path / "models" / name / "model.safetensors").write_bytes(NO_TENSORS)
     (tmp_path / "ci").mkdir()
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    monkeypatch.chdir(tmp_path)
+    variables["HF_TOKEN"] = TOKEN
     with LoopbackHub() as server:
         server.serve_this_process(monkeypatch, tmp_path / ".cache")
         server.tokens.add(TOKEN)

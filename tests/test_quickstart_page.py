@@ -49,10 +49,9 @@ def workspace(place: Path) -> Path:
     return place
 
 
-def test_check_and_init_print_what_the_page_shows(tmp_path, monkeypatch, capsys) -> None:
+def test_check_and_init_print_what_the_page_shows(tmp_path, cwd, capsys) -> None:
     workspace(tmp_path)
     (tmp_path / "merge-gate.yml").unlink()
-    monkeypatch.chdir(tmp_path)
     told = [pair for body in blocks(PAGE, "console") for pair in commands(body)]
     light = [pair for pair in told if pair[0].startswith(("merge-gate check", "merge-gate init"))]
     assert [command.split()[1] for command, _ in light] == ["check", "init"]

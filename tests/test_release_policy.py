@@ -20,8 +20,7 @@ INFINITE = {
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def place(tmp_path: Path, cwd: Path) -> None:
     lay(tmp_path, names=["one"])
 
 
@@ -101,8 +100,8 @@ def test_a_digest_of_one_file_is_no_commit() -> None:
 
 
 @pytest.mark.attempt("D9-release", "an unknown variable under policy: release", "exit 2")
-def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("MERGE_GATE_DTPYE", "float16")
+def test_an_unknown_variable_is_refused(variables, capfd: pytest.CaptureFixture[str]) -> None:
+    variables["MERGE_GATE_DTPYE"] = "float16"
     assert gate() == 0
     assert gate(policy="release") == 2
     assert "MERGE_GATE_DTYPE" in capfd.readouterr().err

@@ -135,16 +135,14 @@ WORDED = {
 
 
 @pytest.mark.parametrize("name", USAGE)
-def test_2_when_there_is_nothing_to_judge(name, place, monkeypatch, capsys, wording) -> None:
+def test_2_when_there_is_nothing_to_judge(name, place, variables, cwd, capsys, wording) -> None:
     """In this process, which takes a hundredth of the time that a command takes to start."""
     arrange, words, _ = USAGE[name]
     before = arranged(place, arrange)
     kept = environment()
-    for variable in os.environ.keys() - kept.keys():
-        monkeypatch.delenv(variable)
-    for variable, value in kept.items():
-        monkeypatch.setenv(variable, value)
-    monkeypatch.chdir(place)
+    variables.clear()
+    variables.update(kept)
+    os.chdir(place)
     try:
         code = main(list(words))
     except SystemExit as left:

@@ -33,11 +33,11 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.fixture
-def github(environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[GitHub]:
+def github(environ: dict[str, str], tmp_path: Path, variables) -> Iterator[GitHub]:
     """The API that the environment names."""
     github = GitHub()
     with serving(github, tmp_path) as certificate:
-        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        variables["SSL_CERT_FILE"] = str(certificate)
         environ["GITHUB_API_URL"] = github.url
         yield github
 
@@ -80,13 +80,13 @@ def test_entities_of_the_summary_stay_whole() -> None:
 
 
 @pytest.mark.attempt("A03a", "the API redirects the comment to another host", "the token stays")
-def test_the_token_follows_no_redirect(github, environ, tmp_path, monkeypatch, capsys) -> None:
+def test_the_token_follows_no_redirect(github, environ, tmp_path, variables, capsys) -> None:
     other = GitHub()
     (tmp_path / "other").mkdir()
     with serving(other, tmp_path / "other") as trusted:
         both = tmp_path / "both.pem"
         both.write_bytes(Path(os.environ["SSL_CERT_FILE"]).read_bytes() + trusted.read_bytes())
-        monkeypatch.setenv("SSL_CERT_FILE", str(both))
+        variables["SSL_CERT_FILE"] = str(both)
         github.redirect = f"{other.url}/repos/acme/adapters/issues/5/comments"
         assert comment.main(environ) == 0
     assert "::warning" in capsys.readouterr().out

@@ -1,5 +1,6 @@
 """What the container is told and given. Real containers run in tests/e2e."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -174,8 +175,8 @@ def test_what_mounts_make_visible_is_not_refused(run: ContainerRun, tmp_path: Pa
     assert not run.output.exists()
 
 
-def test_a_person_needs_to_say_nothing(run: ContainerRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(run.workspace)
+def test_a_person_needs_to_say_nothing(run: ContainerRun, tmp_path: Path, cwd) -> None:
+    os.chdir(run.workspace)
     environ = {"HF_HOME": str(tmp_path / "cache"), "DOCKER_HOST": "unix:///nowhere/docker.sock"}
     asked = launcher.local_run(
         "gate/config.yml", output="out", arguments=("--only", "a", "--only", "b c"), environ=environ
@@ -186,9 +187,9 @@ def test_a_person_needs_to_say_nothing(run: ContainerRun, tmp_path: Path, monkey
     assert asked.arguments == ("--only", "a", "--only", "b c")
 
 
-def test_a_config_elsewhere_brings_its_own_workspace(run: ContainerRun, tmp_path: Path, monkeypatch) -> None:
+def test_a_config_elsewhere_brings_its_own_workspace(run: ContainerRun, tmp_path: Path, cwd) -> None:
     (tmp_path / "home").mkdir()
-    monkeypatch.chdir(tmp_path / "home")
+    os.chdir(tmp_path / "home")
     asked = launcher.local_run(str(run.config), output="out", environ={"XDG_CACHE_HOME": str(tmp_path)})
     assert asked.workspace == run.config.parent
     assert asked.output == tmp_path / "home" / "out"

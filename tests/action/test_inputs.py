@@ -209,8 +209,8 @@ def test_relative_paths_start_in_the_working_directory(environ: dict[str, str]) 
 
 
 @pytest.mark.parametrize("name", ["config", "output", "hf-cache-dir"])
-def test_the_home_directory_has_its_sign(environ, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
+def test_the_home_directory_has_its_sign(environ, tmp_path: Path, variables, name: str) -> None:
+    variables["HOME"] = str(tmp_path)
     (tmp_path / "x").touch() if name == "config" else None
     given = action.read_inputs(asked(environ, **{name.replace("-", "_"): "~/x"}))
     assert getattr(given.run, name.removesuffix("-dir").replace("-", "_")) == tmp_path / "x"

@@ -1,5 +1,6 @@
 """Adapters named on the command line, and a first file: the same configuration as a file that says it."""
 
+import contextlib
 import functools
 import json
 import os
@@ -25,23 +26,21 @@ from tests.support.wording import Wording
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, cwd: Path) -> Path:
     """Two adapters, one of them two levels down, and a base."""
     for name, base in (("support", "./base"), ("teams/a/billing", "./base")):
         (tmp_path / name).mkdir(parents=True)
         config = {"peft_type": "LORA", "base_model_name_or_path": base}
         (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
     (tmp_path / "base").mkdir()
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def closed(request: pytest.FixtureRequest, here: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def closed(request: pytest.FixtureRequest, here: Path) -> Iterator[Path]:
     """`teams`, which may not be read, in a copy that anyone may read: pytest's own directories are closed to others."""
-    with tempfile.TemporaryDirectory() as top:
+    with tempfile.TemporaryDirectory() as top, contextlib.chdir(top):
         shutil.copytree(here, top, dirs_exist_ok=True)
-        monkeypatch.chdir(top)
         place = Path(top, "teams")
         place.parent.chmod(0o755)
         place.chmod(getattr(request, "param", 0))
@@ -51,7 +50,6 @@ def closed(request: pytest.FixtureRequest, here: Path, monkeypatch: pytest.Monke
         yield place
         os.seteuid(user)
         place.chmod(0o755)
-        monkeypatch.undo()
 
 
 def placeless(config: Config) -> tuple[object, ...]:
@@ -127,8 +125,8 @@ def test_an_adapters_files_stand_for_it_as_hooks_name_them(here: Path) -> None:
     assert [adapter.source for adapter in config_of(names).adapters] == ["support", "teams/a/billing"]
 
 
-def test_the_files_of_an_adapter_in_the_current_directory(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(here / "support")
+def test_the_files_of_an_adapter_in_the_current_directory(here: Path, cwd: Path) -> None:
+    os.chdir(here / "support")
     (adapter,) = config_of(["adapter_config.json"]).adapters
     assert (adapter.name, adapter.path) == ("support", str(here / "support"))
 
@@ -254,11 +252,11 @@ def test_a_first_config_pins_bases_that_are_here(here: Path) -> None:
         (".", "checkpoint-5", "./checkpoint-5"),
     ],
 )
-def test_a_first_config_names_directories_from_here(current, named, listed, here, monkeypatch) -> None:
+def test_a_first_config_names_directories_from_here(current, named, listed, here, cwd: Path) -> None:
     for name in ("support/checkpoint-5", "checkpoint-5"):
         (here / name).mkdir()
     (here / "checkpoint-5/adapter_config.json").write_text("{}")
-    monkeypatch.chdir(here / current)
+    os.chdir(here / current)
     text = first_config([named.replace("<here>", str(here))], base_of)
     assert yaml.safe_load(text)["adapters"] == [listed]
 

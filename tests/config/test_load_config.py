@@ -92,16 +92,16 @@ def test_severities_quoted_or_not(place: Path, word: str, expected: Severity) ->
     assert severity(load(place, text % word).adapters[0], "headroom") is expected
 
 
-def test_paths_are_relative_to_the_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_are_relative_to_the_file(place: Path, cwd) -> None:
     (place / "merge-gate.yml").write_text("version: 1\nadapters: [./adapters/support, adapters/../adapters/billing/]\n")
-    monkeypatch.chdir(place / "models")
+    os.chdir(place / "models")
     config = load_config("../merge-gate.yml")
     assert [spec.path for spec in config.adapters] == [str(place / "adapters/support"), str(place / "adapters/billing")]
     assert (config.path, config.label) == ("../merge-gate.yml", "../merge-gate.yml")
 
 
-def test_home_and_absolute_paths_and_globs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(place))
+def test_home_and_absolute_paths_and_globs(place: Path, variables) -> None:
+    variables["HOME"] = str(place)
     assert one(place, "~/adapters/support").path == str(place / "adapters/support")
     assert one(place, f"{place}/adapters/support").name == "support"
     assert one(place, "'~/adapters/team-[a]'").path == str(place / "adapters/team-a")

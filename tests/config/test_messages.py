@@ -180,7 +180,7 @@ checks: {headroom: {severity: "off", limit: +.5e0}, delta-norm: {limit: 0o12}, n
 
 
 @pytest.fixture
-def laid(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def laid(variables) -> Iterator[Path]:
     """A directory whose name is short enough to stand in a message, with what the documents name; it is home, too."""
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         place = Path(short)
@@ -192,7 +192,7 @@ def laid(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         (place / "a/odd\u202e").mkdir()
         for name, target in (("broken", "none"), ("long", "z" * 201)):
             (place / "a" / name).symlink_to(target)
-        monkeypatch.setenv("HOME", short)
+        variables["HOME"] = short
         yield place
 
 
@@ -244,8 +244,7 @@ def test_messages_of_configurations(laid: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["none", "z" * 201])
-def test_a_file_that_is_a_broken_link(tmp_path, target, monkeypatch, wording) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_file_that_is_a_broken_link(tmp_path, target, cwd, wording) -> None:
     Path("gate.yml").symlink_to(target)
     with pytest.raises(ConfigError) as caught:
         load_config("gate.yml")
@@ -253,7 +252,7 @@ def test_a_file_that_is_a_broken_link(tmp_path, target, monkeypatch, wording) ->
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, cwd) -> Path:
     for name, base in (
         ("a/one", "./b1"),
         ("a/deep/er/two", "./b1"),
@@ -266,7 +265,6 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "a/deep/er/two/too/deep").mkdir(parents=True)
     (tmp_path / "a/deep/er/two/too/deep/adapter_config.json").write_text("{}")
     (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -376,8 +374,7 @@ def test_problems_of_the_command_line(wording: Wording) -> None:
         "whole", "", "gate.yml/x", "wide",
     ],
 )  # fmt: skip
-def test_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, wording: Wording) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_files(tmp_path: Path, cwd, path: str, wording: Wording) -> None:
     for name, data in {
         "gate.yml": b"a", "other.yaml": b"b", "large": b"#" * (1 << 20) + b"#", "whole": b"#" * (1 << 20),
         "latin": b"# a\nb: \xc3\xbc\xfc\n", "wide": LIST.encode("utf-16"),

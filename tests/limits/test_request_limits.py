@@ -32,9 +32,9 @@ PATIENCE_S = 30.0
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
+def hub(variables, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[LoopbackHub]:
     with LoopbackHub() as hub:
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        variables["HF_TOKEN"] = TOKEN
         hub.serve_this_process(monkeypatch, tmp_path / "cache")
         monkeypatch.setattr(hub_file, "LONGEST_PAUSE_S", 0.0)
         monkeypatch.setattr(hub_module, "PAUSES_S", (0.01, 0.02))

@@ -21,8 +21,7 @@ OTHER = "0" * 64
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
+def place(tmp_path: Path, cwd: Path) -> Path:
     lay(tmp_path, names=["one"])
     return tmp_path
 

@@ -48,11 +48,6 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
     """Starts a run on its clock."""
 
@@ -107,7 +102,7 @@ def test_what_the_first_report_holds_is_not_written_again(run: Run) -> None:
     assert run.made == 0
 
 
-@pytest.mark.usefixtures("here")
+@pytest.mark.usefixtures("cwd")
 def test_a_run_without_a_directory_makes_no_report(tmp_path: Path, start: Callable[..., Run]) -> None:
     run = start(None)
     run.writer.write_first(EMPTY)
@@ -116,8 +111,7 @@ def test_a_run_without_a_directory_makes_no_report(tmp_path: Path, start: Callab
     assert not [*tmp_path.iterdir()]
 
 
-def test_reports_that_are_sent_have_a_pause_and_are_not_written(start, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_reports_that_are_sent_have_a_pause_and_are_not_written(start, tmp_path, cwd) -> None:
     sent: list[Any] = []
     run = start(None, report_made=sent.append)
     run.writer.write_first(EMPTY)

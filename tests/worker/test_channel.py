@@ -70,8 +70,7 @@ class Evil:
         b"",
     ],
 )
-def test_nothing_but_records_is_made_of_a_message(data, line, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_nothing_but_records_is_made_of_a_message(data, line, tmp_path, cwd) -> None:
     channel, theirs = line
     theirs.sendall(struct.pack("!Q", len(data)) + data)
     with pytest.raises(GarbledError):

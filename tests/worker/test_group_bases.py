@@ -23,7 +23,9 @@ def group(directory: str) -> Group:
     return Group(base=key, directory=directory, files=BaseFiles(directory=directory), tasks=())
 
 
-def test_a_base_that_is_lost_answers_only_open_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_base_that_is_lost_answers_only_open_tasks(
+    tmp_path: Path, variables, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The parent ends a worker that answers twice."""
     answer = Unjudged(task=0, refusal=NotJudged(message="m"))
 
@@ -31,7 +33,7 @@ def test_a_base_that_is_lost_answers_only_open_tasks(tmp_path: Path, monkeypatch
         yield answer
         raise SourceError("the mount is gone")
 
-    monkeypatch.setenv(SWITCH, "off")
+    variables[SWITCH] = "off"
     monkeypatch.setattr(group_bases, "judge_pinned", lose_base)
     lost = replace(group(str(tmp_path)), tasks=tuple(Task(index=index, files=()) for index in (0, 1)))
     events = list(judge_job(Job(groups=(lost,), device="cpu"), lambda _: None, Sandbox()))

@@ -29,13 +29,13 @@ from tests.support.played_worker import other_workers
 @pytest.mark.attempt("A05b", "GH_TOKEN and GITHUB_TOKEN in the environment of a run", "not in the worker's")
 @pytest.mark.attempt("A05c", "ACTIONS_ID_TOKEN_REQUEST_TOKEN in the environment of a run", "not in the worker's")
 @pytest.mark.attempt("A05d", "tokens of other services under names that the gate does not know", "not in the worker's")
-def test_the_child_gets_no_token_and_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_child_gets_no_token_and_no_network(variables) -> None:
     for name in (
         "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "GH_TOKEN", "GITHUB_TOKEN", "ACTIONS_RUNTIME_TOKEN",
         "MERGE_GATE_CACHE_KEY", "ACTIONS_ID_TOKEN_REQUEST_TOKEN", "ACTIONS_ID_TOKEN_REQUEST_URL",
         "AWS_SECRET_ACCESS_KEY", "PIP_INDEX_URL", "NETRC", "PYTHON_GITHUB_TOKEN", "DATABASE_URL",
     ):  # fmt: skip
-        monkeypatch.setenv(name, "hf_secret")
+        variables[name] = "hf_secret"
     with WorkerProcess() as child:
         seen = wait_until(lambda: _environment_of(child._process.pid))
         directory = Path(f"/proc/{child._process.pid}/cwd").resolve()
@@ -52,8 +52,7 @@ def _environment_of(pid: int) -> dict[str, str]:
     return environ if "PYTHONSAFEPATH" in environ else {}
 
 
-def test_python_paths_that_lead_into_the_checkout_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_python_paths_that_lead_into_the_checkout_are_dropped(tmp_path: Path, cwd) -> None:
     path = os.pathsep.join([".", "", "src", str(tmp_path), str(tmp_path / "deep"), "/opt/site"])
     assert child_environment({"PYTHONPATH": path})["PYTHONPATH"] == "/opt/site"
     assert "PYTHONPATH" not in child_environment({"PYTHONPATH": str(tmp_path)})
@@ -110,11 +109,11 @@ def test_how_a_child_ended_is_said(code, output, memory, tmp_path, wording) -> N
     wording(f"{ending.message}\n> {ending.hint}")
 
 
-def test_what_a_child_printed_before_it_was_ready_is_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_child_printed_before_it_was_ready_is_dropped(tmp_path: Path, variables) -> None:
     """And while it imports, its parent has time."""
     events: list[Event] = []
     (tmp_path / "sitecustomize.py").write_text("print('no kernel of this name', flush=True)\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    variables["PYTHONPATH"] = str(tmp_path)
     with WorkerProcess() as child:
         wait_until(lambda: b"no kernel" in os.pread(child._output.fileno(), 1000, 0))
         assert child.run(Attempt(Job(groups=(), device="cpu"), events.append)) is None

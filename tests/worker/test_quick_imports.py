@@ -152,7 +152,7 @@ def test_a_cache_without_a_limit_is_there_only_meanwhile(source, changed, tmp_pa
     assert {name for name, value in vars(module).items() if meanwhile[name] is not value} == changed, "and is put back"
 
 
-def test_the_worker_merges_as_this_process_does(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_worker_merges_as_this_process_does(shelf: Shelf, variables) -> None:
     """The worker imports in less time; this process has imported everything as it comes."""
     files = preflight(str(shelf.adapter("plain")), allow_pickle=False)
     base = shelf.base("llama")
@@ -166,7 +166,7 @@ def test_the_worker_merges_as_this_process_does(shelf: Shelf, monkeypatch: pytes
     heard: list[Event] = []
     with WorkerProcess() as child:
         assert child.run(Attempt(job, heard.append)) is None
-    monkeypatch.setenv(sandbox.SWITCH, "off")  # its limits would hold for the tests after this one
+    variables[sandbox.SWITCH] = "off"  # its limits would hold for the tests after this one
     here = [one for one in judge_job(job, heard.append, Sandbox()) if isinstance(one, Merged)]
     there = [one for one in heard if isinstance(one, Merged)]
     assert len(here) == 1

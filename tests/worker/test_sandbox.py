@@ -338,8 +338,8 @@ def test_capabilities_that_cannot_be_read_are_still_given_up(tmp_path: Path, mon
     assert held == [Sandbox(held=("files", "network", "processes"))]
 
 
-def test_switched_off_nothing_is_given_up_and_nothing_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(SWITCH, "off")
+def test_switched_off_nothing_is_given_up_and_nothing_bounded(tmp_path: Path, variables) -> None:
+    variables[SWITCH] = "off"
     told = Sandbox(missing=("everything: MERGE_GATE_SANDBOX is off",))
     assert confine(tmp_path) == told
     assert limit(told, Job(groups=()), "cpu") is told

@@ -91,8 +91,8 @@ def test_a_variant_of_lora_comes_to_the_same(name: str, is_mapped: bool, shelf: 
 
 
 @pytest.mark.parametrize("threads", ["1", "4"])
-def test_every_byte_is_read_once_for_all_adapters(shelf: Shelf, monkeypatch: pytest.MonkeyPatch, threads: str) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+def test_every_byte_is_read_once_for_all_adapters(shelf: Shelf, variables, threads: str) -> None:
+    variables["OMP_NUM_THREADS"] = threads
     adapters = [shelf.adapter(name) for name in ("every-projection", "dora-all-linear", "plain")]
     directory = shelf.base("llama")
     feed = CountingFeed(str(directory))
@@ -113,8 +113,8 @@ def test_every_byte_is_read_once_for_all_adapters(shelf: Shelf, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("threads", ["1", "4"])
-def test_layers_that_peft_merges_are_read_once_too(threads, monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+def test_layers_that_peft_merges_are_read_once_too(threads, variables, tmp_path) -> None:
+    variables["OMP_NUM_THREADS"] = threads
     directory = tmp_path / "base"
     methods.save_base("llama", directory)
     adapters = [tmp_path / name for name in ("loha-linear", "ia3-linear", "oft-linear", "lora-linear")]
@@ -293,9 +293,9 @@ def test_a_worker_reports_the_facts_once_they_are_known(shelf: Shelf, tmp_path: 
 
 
 @pytest.mark.parametrize("threads", ["1", "4"])
-def test_dtypes_and_classes_of_a_base_are_read_in_one_pass(threads, shelf, monkeypatch, tmp_path) -> None:
+def test_dtypes_and_classes_of_a_base_are_read_in_one_pass(threads, shelf, variables, monkeypatch, tmp_path) -> None:
     """Two adapters in two dtypes, and a head of another class in one: each stored tensor is read once for all five."""
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    variables["OMP_NUM_THREADS"] = threads
     directory = shelf.base("llama")
     classifier = shutil.copytree(shelf.adapter("plain"), tmp_path / "classifier")
     configure(task_type="SEQ_CLS")(classifier)

@@ -14,8 +14,8 @@ TWO = 2
 
 
 @pytest.fixture
-def two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", str(TWO))
+def two_threads(variables) -> None:
+    variables["OMP_NUM_THREADS"] = str(TWO)
 
 
 def test_results_come_in_order_however_long_each_takes(two_threads: None) -> None:
@@ -38,8 +38,8 @@ def test_each_thread_computes_by_itself(two_threads: None) -> None:
 
 
 @pytest.mark.parametrize("count", [1, TWO])
-def test_items_may_follow_from_results(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", str(count))
+def test_items_may_follow_from_results(count: int, variables) -> None:
+    variables["OMP_NUM_THREADS"] = str(count)
     seen: list[int] = []
     last = 10 * TWO * AHEAD
 
@@ -53,8 +53,8 @@ def test_items_may_follow_from_results(count: int, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("count", [1, TWO])
-def test_an_exception_comes_when_its_turn_does(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", str(count))
+def test_an_exception_comes_when_its_turn_does(count: int, variables) -> None:
+    variables["OMP_NUM_THREADS"] = str(count)
     results = spread(lambda item: 6 // item, [3, 2, 0, 1])
     assert [next(results), next(results)] == [2, 3]
     with pytest.raises(ZeroDivisionError):
@@ -86,10 +86,10 @@ def test_one_item_and_none_need_no_thread(two_threads: None) -> None:
         ("200000", "", 6),
     ],
 )
-def test_the_number_of_threads(quota, wanted, expected, tmp_path, monkeypatch) -> None:
+def test_the_number_of_threads(quota, wanted, expected, tmp_path, variables, monkeypatch) -> None:
     if quota is not None:
         (tmp_path / "cpu.max").write_text(quota, encoding="latin-1")
-    monkeypatch.setenv("OMP_NUM_THREADS", wanted)
+    variables["OMP_NUM_THREADS"] = wanted
     cores = set(range(6))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
     assert threads(str(tmp_path / "cpu.max")) == expected
