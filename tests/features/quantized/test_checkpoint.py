@@ -274,6 +274,11 @@ STATES = [
     b'{"shape": [16, 8], "nested_offset": 1}',
     b'{"shape": [8, 16], "nested_offset": [1]}',
     b'{"shape": [8, 16], "nested_offset": 1e999}',
+    b'{"shape": [8, 16], "nested_offset": 1, "blocksize": 1e999}',
+    b'{"shape": [8, 16], "nested_offset": 1, "blocksize": 32, "nested_blocksize": 256}',
+    b'{"shape": [8, 16], "nested_offset": 1, "blocksize": 64, "nested_blocksize": 1}',
+    b'{"shape": [8, 16], "nested_offset": 1, "blocksize": 64, "nested_blocksize": 256, "quant_type": "fp4"}',
+    b'{"shape": [8, 16], "nested_offset": 1, "blocksize": 64, "nested_blocksize": 256}',  # another quant_map
 ]
 
 
@@ -288,5 +293,5 @@ def test_a_hostile_state_of_bitsandbytes_is_refused(state: bytes, tmp_path: Path
         "layer.weight.quant_state.bitsandbytes__nf4": torch.tensor([*state], dtype=torch.uint8),
     }
     release = opened(tmp_path, tensors, {"layer.weight": random(8, 16)}, BITSANDBYTES)
-    with pytest.raises(EngineError, match="quant_state"):
+    with pytest.raises(EngineError, match=r"quant_state|another quant_map than the one of nf4"):
         release.read("layer.weight")

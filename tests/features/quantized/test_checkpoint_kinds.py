@@ -12,10 +12,16 @@ import torch
 
 from merge_gate.config.from_arguments import config_of
 from merge_gate.features.quantized.checkpoint import Checkpoint, open_checkpoint
+from merge_gate.features.quantized.measurement import Measurement
+from merge_gate.features.quantized.release_flow import findings_of
 from merge_gate.features.verify.verify_flow import Verification
+from merge_gate.files.base_files import read_base
+from merge_gate.files.preflight import preflight
+from merge_gate.records.files import Entry, Snapshot
 from merge_gate.records.terms import Verdict
 from merge_gate.run.view import View
 from merge_gate.worker.supervisor import WorkerSlot
+from tests.support.gating import SPEC
 from tests.support.quantized.checkpoints import opened, saved
 from tests.support.quantized.releases import FAULTS, Bench
 from tests.support.quantized.writers import FORMATS, written_in
@@ -67,3 +73,19 @@ def test_each_fault_has_its_kind(name: str, fault: str, method: str, bench: Benc
     first = next(finding for finding in findings if finding.check != "strength")
     is_kept = fault == "codes" and (dict(first.measured)["factor"] > 0.9 or method == "ia3")  # 8 bits; scaled rows
     assert first.check == FAULTS[fault] or is_kept, first.message
+
+
+def test_other_weights_in_the_directory_are_named(bench: Bench, write: Write) -> None:
+    directory, _ = write("MLX", "right")
+    names = ("consolidated.safetensors", "pytorch_model.bin", "model-00001-of-00002.safetensors", "training_args.bin")
+    for name in names:
+        (directory / name).write_bytes(b"")
+    files = read_base(str(directory), name="release")
+    members = (preflight(str(bench.adapter("lora", 0.03)), allow_pickle=False),)
+    entry = Entry(spec=SPEC, dtype="auto", members=members)
+    found = findings_of(Snapshot(name="", directory=str(directory), base_files=files), entry, Measurement(), {})
+    (message,) = (one.message for one in found if one.check == "stale-shards")
+    assert message == (
+        '3 files of weights next to those that were measured ("model.safetensors"): "consolidated.safetensors", '
+        '"model-00001-of-00002.safetensors", "pytorch_model.bin"'
+    )

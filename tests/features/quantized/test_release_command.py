@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from merge_gate._internal.errors import EngineError
+from merge_gate._internal.errors import EngineError, UsageError
 from merge_gate.config.from_arguments import config_of
 from merge_gate.features.quantized.gguf_release import GgufRelease
 from merge_gate.features.verify.verify_flow import Verification
@@ -89,3 +89,9 @@ def test_a_release_is_refused_by_its_header(
 ) -> None:
     with write("right", rename=rename).open("rb") as file, pytest.raises(EngineError, match=words):
         GgufRelease(file, bench.model())
+
+
+def test_a_directory_of_gguf_files_is_a_mistake(verify: Verify, write: Callable[..., Path]) -> None:
+    path = write("right")
+    with pytest.raises(UsageError, match=r"1 GGUF file and no safetensors files; to do: name one file: .*right\.gguf"):
+        verify(path.parent)

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional
 
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
+from merge_gate.engine.tensors.quantized import bnb
 
 VALUES = 1 << 20
 """So many values are computed at once."""
@@ -314,10 +315,12 @@ def _blocks(weight: Weight, parts: Parts) -> Grid:
     """4 bits of bitsandbytes: each block of values is a row of the grid."""
     scales, nested, count = parts["weight.absmax"], parts.get("weight.nested_absmax"), math.prod(weight.shape)
     pairs = unpack(parts["weight"].view(1, -1), 4, count + count % 2).view(-1, 2)  # the first one in the upper half
-    state = next((tensor for part, tensor in parts.items() if part in _STATES), None)
-    if state is None:
+    part = next((part for part in parts if part in _STATES), None)
+    if part is None:
         raise LayoutError("has no quant_state")
-    offset = _mean_scale(weight, state)
+    table, counts = parts["weight.quant_map"].view(16), {"blocksize": (count, len(scales))}
+    counts |= {"nested_blocksize": (len(scales), len(nested))} if nested is not None else {}
+    offset = 0.0 if table.is_meta else _mean_scale(weight, parts[part], part[-3:], table, counts)
     if nested is not None:
         size = _block_size(len(scales), len(nested))
         scales = parts["weight.nested_quant_map"].view(256)[scales.int()]
@@ -325,7 +328,7 @@ def _blocks(weight: Weight, parts: Parts) -> Grid:
     size = _block_size(count, len(scales))
     in_blocks = Weight((len(scales), size), Declared(bits=weight.declared.bits), weight.method)
     grid = _grid(in_blocks, pairs.flip(1).view(-1, size), scales.view(-1, 1), 0, 4)
-    return grid._replace(table=parts["weight.quant_map"].view(16))
+    return grid._replace(table=table)
 
 
 def _block_size(values: int, scales: int) -> int:
@@ -333,17 +336,26 @@ def _block_size(values: int, scales: int) -> int:
     return next((size for size in BLOCK_SIZES if -(-values // size) == scales), 0)
 
 
-def _mean_scale(weight: Weight, state: torch.Tensor) -> float:
-    """The mean of the scales, if these are scaled, by the JSON that bitsandbytes stores as bytes."""
-    if state.is_meta:
-        return 0.0
+def _mean_scale(
+    weight: Weight, state: torch.Tensor, kind: str, table: torch.Tensor, counts: Mapping[str, tuple[int, int]]
+) -> float:
+    """The mean of the scales, if these are scaled, by the JSON that bitsandbytes stores as bytes.
+
+    bitsandbytes relies on this JSON, and on its own table instead of the stored one. `counts` are the numbers of values
+    and of their scales, by the key of their block size.
+    """
     try:
         content = parse_strictly(bytes(state.flatten().tolist()))
-        shape, mean = content["shape"], float(content.get("nested_offset", 0))
-    except (InvalidJsonError, AttributeError, KeyError, TypeError, ValueError) as error:
+        mean, sizes = float(content.get("nested_offset", 0)), {key: int(content.get(key, 0)) for key in counts}
+        actual = {"shape": content["shape"], "quant_type": content.get("quant_type", kind)}
+    except (InvalidJsonError, AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise LayoutError(f"has a quant_state that cannot be read: {error}") from error
-    if shape != [*weight.shape] or not math.isfinite(mean):
-        raise LayoutError(f"has a quant_state of shape {str(shape)[:80]}, expected {[*weight.shape]}")
+    if actual != (expected := {"shape": [*weight.shape], "quant_type": kind}) or not math.isfinite(mean):
+        raise LayoutError(f"has a quant_state of {str(actual)[:120]}, expected {expected}")
+    if key := next((key for key, (values, scales) in counts.items() if -(-values // (sizes[key] or 1)) != scales), ""):
+        raise LayoutError(f"has a quant_state with a {key} of {sizes[key]}, expected {_block_size(*counts[key])}")
+    if not torch.allclose(table, bnb().get_4bit_type(kind, device="cpu"), atol=1e-3):
+        raise LayoutError(f"has another quant_map than the one of {kind}, which bitsandbytes uses")
     return mean
 
 

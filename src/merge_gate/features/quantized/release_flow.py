@@ -5,24 +5,40 @@ In: the name of a finished model, or its headers. Out: groups for the worker, an
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.features.quantized.measurement import Measurement
 from merge_gate.features.quantized.strength_findings import strength_findings
+from merge_gate.judging.kinds import finding
 from merge_gate.records.files import BaseFiles, DeclaredQuantization, Entry, Snapshot
 from merge_gate.records.terms import Finding
 from merge_gate.worker.protocol import ALONE, ConsumerSpec, Group
+
+_SUFFIX, _LISTED = ".gguf", 4
+_WEIGHTS = re.compile(r"[^/]+\.safetensors|(pytorch_model|consolidated)[^/]*\.(bin|pth?)")
 
 GGUF = DeclaredQuantization(method="gguf", file="")
 """What a GGUF file declares by its name."""
 
 
 def file_release(name: str) -> Snapshot | None:
-    """A release that is a single file. Its directory is the file."""
+    """A release that is a single file. Its directory is the file.
+
+    Raises:
+        UsageError: the name is that of a directory of GGUF files.
+    """
     path = Path(name).absolute()
-    if path.suffix != ".gguf" or not path.is_file():
+    if path.is_dir() and not any(path.glob("*.safetensors")) and (files := sorted(path.glob(f"*{_SUFFIX}"))):
+        raise UsageError(
+            f"{quoted(name, 200)} has {counted(len(files), 'GGUF file')} and no safetensors files",
+            hint=f"name one file: {listing([quoted(str(Path(name, file.name)), 200) for file in files], _LISTED)}",
+        )
+    if path.suffix != _SUFFIX or not path.is_file():
         return None
     return Snapshot(name=name, directory=str(path), base_files=BaseFiles(directory=str(path), quantization=GGUF))
 
@@ -54,8 +70,21 @@ def groups_of(merged: Snapshot, groups: Sequence[Group], more: Sequence[Consumer
 
 
 def findings_of(
-    _merged: Snapshot, entry: Entry, measurement: Measurement, candidates: Mapping[str, Measurement]
+    merged: Snapshot, entry: Entry, measurement: Measurement, candidates: Mapping[str, Measurement]
 ) -> tuple[Finding, ...]:
     """Every finding on a release."""
     name = entry.spec.name
-    return tuple(strength_findings(measurement, candidates, adapter=name, config=entry.files.config))
+    strengths = strength_findings(measurement, candidates, adapter=name, config=entry.files.config)
+    return (*strengths, *_other_weights(merged))
+
+
+def _other_weights(merged: Snapshot) -> Iterator[Finding]:
+    """The weights next to those that were measured. vLLM loads them if no index leaves them out."""
+    files, directory = merged.base_files, Path(merged.directory)
+    if files is None or not directory.is_dir():
+        return
+    names = {*(path.name for path in directory.iterdir()), *merged.withheld} - {*files.weights}
+    if others := sorted(filter(_WEIGHTS.fullmatch, names)):
+        measured, listed = (listing([quoted(name, 120) for name in part], _LISTED) for part in (files.weights, others))
+        what = f"{counted(len(others), 'file')} of weights next to those that were measured ({measured}): {listed}"
+        yield finding("stale-shards", what)
