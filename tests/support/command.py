@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from merge_gate.cli.dispatch import main
+
 COMMAND = (sys.executable, "-P", "-m", "merge_gate")
 SCRUBBED = re.compile(
     r"CI$|GITHUB_|ACTIONS_|RUNNER_|HF_|HUGGING|TRANSFORMERS_|MERGE_GATE_|PYTHON(?!PATH)|NO_COLOR|TERM|COLUMNS|LC_|LANG"
@@ -45,6 +47,14 @@ def environment(**changes: str) -> dict[str, str]:
 def merge_gate(*words: str | Path, cwd: Path, **changes: str) -> Answer:
     """Run `merge-gate` to its end."""
     return _answer([*COMMAND, *map(str, words)], cwd, changes)
+
+
+def code_of(*words: str) -> int:
+    """The exit code of `merge-gate` in this process."""
+    try:
+        return main(list(words))
+    except SystemExit as leaving:
+        return int(str(leaving.code))
 
 
 def start(*words: str | Path, cwd: Path, **changes: str) -> subprocess.Popen[bytes]:
@@ -101,6 +111,11 @@ def strict_json(path: Path) -> Any:
         return dict(pairs)
 
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse, object_pairs_hook=once)
+
+
+def entries(directory: Path) -> list[dict[str, Any]]:
+    """The adapters in the report in a directory."""
+    return strict_json(directory / "report.json")["adapters"]  # type: ignore[no-any-return]
 
 
 def children_of(pid: int) -> list[int]:

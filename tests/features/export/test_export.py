@@ -25,7 +25,7 @@ from merge_gate.records.files import EXPORT_NAME
 from merge_gate.records.terms import Result
 from tests.support import methods
 from tests.support.cases import digests
-from tests.support.command import environment, start
+from tests.support.command import code_of, environment, start
 from tests.support.engine import architectures
 from tests.support.engine.architectures import Architecture
 from tests.support.models import (
@@ -303,11 +303,7 @@ def test_a_mistake_has_a_sentence_and_loses_nothing(
     words = words or ["adapter"]
     if len(words) == 1:
         words += ["--base", "base", "--output", "out"]
-    try:
-        got = main(["export", *words])
-    except SystemExit as leaving:
-        got = leaving.code
-    assert got == code
+    assert code_of("export", *words) == code
     assert "Traceback" not in (said := capsys.readouterr().err)
     assert "merge-gate" in said
     assert digests(place) == before

@@ -16,17 +16,14 @@ from merge_gate.records.terms import ForwardMode
 from merge_gate.report.stored.stored_report import stored
 from merge_gate.run import flow
 from merge_gate.worker import protocol
-from tests.support.played_merges import lay, played
+from tests.support.command import entries
+from tests.support.played_merges import played
 from tests.support.reports import RAN
+
+pytestmark = pytest.mark.usefixtures("place")
 
 NOT_RUN = {"forward": Forward(why_not="the inputs of Odd are unknown")}
 BROKEN = {"unexpected": ("stray",)}
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    lay(tmp_path, names=["one"])
 
 
 def gate_listened(listen: Callable[..., None], *words: str, changes: dict[str, Any], **config: Any) -> int:
@@ -42,8 +39,7 @@ def gate(*words: str, changes: dict[str, Any], **config: Any) -> int:
 
 
 def entry() -> dict[str, Any]:
-    (one,) = json.loads(Path("merge-gate-report/report.json").read_text())["adapters"]
-    assert isinstance(one, dict)
+    (one,) = entries(Path("merge-gate-report"))
     return one
 
 

@@ -346,27 +346,19 @@ def test_kills_of_whole_runs_leave_whole_models_only(tmp_path: Path) -> None:
     real.finish()
 
 
-@pytest.mark.slow
-def test_a_killed_run_without_an_earlier_model_leaves_no_name(runs: KilledRuns) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.attempt("F03b", "SIGINT, SIGTERM, SIGHUP, or SIGKILL while publishing", "no model has a name")
+def test_an_interrupted_run_leaves_no_name(runs: KilledRuns, number: signal.Signals) -> None:
+    """The next run removes what SIGKILL leaves."""
     shutil.rmtree(runs.target, ignore_errors=True)
-    process = runs.start()
-    runs.wait_for_partial(process)
-    process.kill()
-    process.wait()
-    assert runs.named() == []
-    assert runs.partials() != []
-    runs.finish()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-@pytest.mark.attempt("F03b", "SIGINT, SIGTERM, SIGHUP while publishing", "no model and no leftover")
-def test_an_interrupted_run_leaves_nothing(runs: KilledRuns, number: signal.Signals) -> None:
-    shutil.rmtree(runs.target, ignore_errors=True)
-    process = runs.start()
+    process, is_killed = runs.start(), number is signal.SIGKILL
     runs.wait_for_partial(process)
     process.send_signal(number)
-    assert process.wait() not in (0, -signal.SIGKILL)
-    assert (runs.named(), runs.partials()) == ([], [])
+    assert process.wait() != 0
+    assert (process.returncode == -signal.SIGKILL) is is_killed
+    assert (runs.named(), bool(runs.partials())) == ([], is_killed)
+    if is_killed:
+        runs.finish()
 
 
 @pytest.mark.attempt("F01", "ENOSPC while the model is written", "not published, and no leftover")

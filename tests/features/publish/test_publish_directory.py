@@ -1,6 +1,5 @@
 """The directory that models are published to: what it may be, what may be in it, and what is never replaced."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +11,7 @@ from merge_gate.features.publish import publish_directory
 from merge_gate.features.publish.partial import PartialDirectory
 from merge_gate.files.identity import directory_identity
 from merge_gate.records.files import MANIFEST_NAME
+from tests.support.command import entries
 from tests.support.played_merges import configure, expected, play, stored
 from tests.support.publish_kills import digests
 from tests.support.published import CHANGES, flip, link
@@ -160,7 +160,7 @@ def test_edited_weights_are_noticed_before_they_are_replaced(place: Path, capfd:
     assert play(place, "--publish", "merged", "-o", "second") == 3
     assert digests(place / "merged") == before
     assert "is compared with" in capfd.readouterr().err
-    (adapter,) = json.loads((place / "second" / "report.json").read_text())["adapters"]
+    (adapter,) = entries(place / "second")
     assert (adapter["verdict"], adapter["cause"]) == ("error", "not-published")
 
 

@@ -24,6 +24,7 @@ from merge_gate.records.files import MANIFEST_NAME, StoredTensor
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.run.flow import Run
+from tests.support.command import entries
 from tests.support.judged_entry import entry, judged_report
 from tests.support.judging.cases import broken, evidence
 from tests.support.judging.cases import merged as merged_tensor
@@ -46,8 +47,7 @@ Send = Callable[[Publications, int, Mapping[str, bytes]], object]
 
 
 def adapters_of(place: Path) -> list[dict[str, Any]]:
-    adapters: list[dict[str, Any]] = json.loads((place / "merge-gate-report" / "report.json").read_text())["adapters"]
-    return adapters
+    return entries(place / "merge-gate-report")
 
 
 # --- what is published -----------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_a_published_model_lists_every_input_and_every_setting(place: Path) -> N
     assert set(document["checks"]) == {"headroom=error:0.125", "keys-unexpected=off"}
     assert document["forward"] == "off"
     assert main(["verify", "merged/one"]) == 0
-    (entry,) = json.loads((place / "merge-gate-verify" / "report.json").read_text())["adapters"]
+    (entry,) = entries(place / "merge-gate-verify")
     assert "keys-unexpected=off" in entry["findings"][0]["message"]
 
 

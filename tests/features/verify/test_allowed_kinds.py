@@ -46,23 +46,12 @@ def _in(part: str) -> Callable[[Tensors], None]:
 
 FAULTS = "one changed value in a merged tensor, and in another tensor"
 
-ATTEMPTS = {
-    "dtype-changed": pytest.mark.attempt("V14", "garbage under --allow dtype-changed", "still an error"),
-    "renamed": pytest.mark.attempt("V16", "garbage under --allow renamed", "still an error"),
-    "imprecise": pytest.mark.attempt("V16b", "one changed value under --allow imprecise", "still an error"),
-    "other-strength": pytest.mark.attempt("V16c", "one changed value under --allow other-strength", "still an error"),
-    "shape-changed": pytest.mark.attempt("V16d", "one changed value under --allow shape-changed", "still an error"),
-    "other-candidate": pytest.mark.attempt("V16e", "one changed value under --allow other-candidate", "still an error"),
-    "tied": pytest.mark.attempt("V12a", "one changed value under --allow tied", "still an error"),
-    "nonfinite": pytest.mark.attempt("V11a", "one changed value under --allow nonfinite", "still an error"),
-}
-
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=ATTEMPTS.get(kind, pytest.mark.attempt(f"--allow {kind}", FAULTS, "still an error")))
+        pytest.param(kind, marks=pytest.mark.attempt(f"--allow {kind}", FAULTS, "still an error"))
         for kind in ALLOWED
         if kind not in OWN_RECORD
     ],

@@ -1,6 +1,5 @@
 """A finished model that is written to or replaced while it is verified: no answer is about other bytes."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from merge_gate.cli.dispatch import main
 from merge_gate.features.verify import answer
 from merge_gate.files.identity import directory_identity
 from tests.support import published
+from tests.support.command import entries
 from tests.support.verify.merges import Scene
 
 VARIANT = "bfloat16-base"
@@ -38,12 +38,6 @@ SWAPS: dict[str, Callable[[Path], object]] = {
 }
 
 
-def only_entry(place: Path) -> dict[str, Any]:
-    (report,) = place.glob("merge-gate-*/report.json")
-    (adapter,) = json.loads(report.read_text())["adapters"]
-    return adapter  # type: ignore[no-any-return]
-
-
 def swap_after(monkeypatch: pytest.MonkeyPatch, function: str, swap: Callable[[], object]) -> None:
     """Swap something as soon as an answer has been found, and before it is given."""
     own = getattr(answer, function)
@@ -67,7 +61,7 @@ def test_a_model_that_is_swapped_during_the_comparison(
     swap_after(monkeypatch, "findings_of", lambda: SWAPS[what](tmp_path / "model"))
     words = ["--base", str(scene.base(VARIANT)), "--adapter", str(scene.adapter(VARIANT))]
     assert main(["verify", "model", *words]) == 3
-    found = only_entry(tmp_path)
+    (found,) = entries(tmp_path / "merge-gate-verify")
     assert (found["verdict"], found["cause"], found["findings"][0]["origin"]) == ("error", "not-judged", "model")
 
 
@@ -92,7 +86,7 @@ def test_a_model_that_is_swapped_while_its_record_is_compared(
     if what is not None:
         swap_after(monkeypatch, "recorded_report", lambda: SWAPS[what](tmp_path / "model"))
     assert main(["verify", "model"]) == (0 if what is None else 3)
-    found = only_entry(tmp_path)
+    (found,) = entries(tmp_path / "merge-gate-verify")
     assert (found["verdict"], found["cause"]) == (("passed", None) if what is None else ("error", "not-judged"))
 
 

@@ -1,6 +1,5 @@
 """`merge-gate verify` without a merge: what it refuses, where its report goes, and its own record."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +8,11 @@ import pytest
 
 from merge_gate._internal.earlier_reports import refuse_run
 from merge_gate._internal.errors import UsageError
-from merge_gate.cli.dispatch import main
 from merge_gate.records.files import MANIFEST_NAME
 from merge_gate.records.report import Report
 from merge_gate.report.stored.report_files import FORMATS, write_report
 from tests.support import published
+from tests.support.command import code_of, entries, strict_json
 from tests.support.reports import EMPTY, FAIL, PASS
 from tests.support.tried import tried
 from tests.support.wording import Wording
@@ -34,11 +33,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def code_of(*words: str, command: str = "verify") -> int:
-    try:
-        return main([command, *words])
-    except SystemExit as leaving:
-        return int(str(leaving.code))
+def verify(*words: str) -> int:
+    return code_of("verify", *words)
 
 
 # --- where the report goes -------------------------------------------------------------------------------------------
@@ -49,9 +45,9 @@ def test_verifications_leave_the_report_of_a_run(place: Path) -> None:
     write_report(PASS, place / "merge-gate-report")
     before = contents(place / "merge-gate-report")
     for _ in range(3):
-        assert code_of("model") == 0
+        assert verify("model") == 0
     assert contents(place / "merge-gate-report") == before
-    assert json.loads((place / "merge-gate-verify" / "report.json").read_text())["is_comparison"]
+    assert strict_json(place / "merge-gate-verify" / "report.json")["is_comparison"]
     assert (place / "merge-gate-verify" / "previous" / "report.json").is_file()
 
 
@@ -63,7 +59,7 @@ def test_a_verification_never_displaces_the_report_of_a_run(
 ) -> None:
     write_report(report, place / "out" / where)
     before = contents(place)
-    assert code_of("model", "--output", "out") == 2
+    assert verify("model", "--output", "out") == 2
     assert contents(place) == before
     with pytest.raises(UsageError) as caught:
         refuse_run(place / "out")
@@ -74,7 +70,7 @@ def test_a_verification_never_displaces_the_report_of_a_run(
 def test_a_damaged_report_is_taken_for_one_of_a_run(place: Path) -> None:
     (place / "out").mkdir()
     (place / "out" / "report.json").write_text(FORMATS["report.json"](PASS)[:-9])
-    assert code_of("model", "--output", "out") == 2
+    assert verify("model", "--output", "out") == 2
 
 
 INPUTS = {
@@ -94,7 +90,7 @@ def test_a_report_is_not_written_among_the_files_of_an_input(place: Path, output
     (place / "other" / "junit.xml").write_text("<testsuites/>")
     before = contents(place)
     words = ("--base", "base", "--adapter", "one", "--candidate", "two") if output in {"base", "one", "two"} else ()
-    assert code_of("model", *words, "--output", output) == 2
+    assert verify("model", *words, "--output", output) == 2
     assert contents(place) == before
 
 
@@ -126,8 +122,8 @@ COMMANDS: dict[str, tuple[str, ...]] = {
 
 @pytest.mark.parametrize("name", tried("X09", "a name in a place of the command line", "exit 2", NAMES))
 def test_an_odd_name_is_a_usage_error(place: Path, name: str, capfd: pytest.CaptureFixture[str]) -> None:
-    for where, (command, *words) in COMMANDS.items():
-        code = code_of(*(name if word == "NAME" else word for word in words), command=command)
+    for where, words in COMMANDS.items():
+        code = code_of(*(name if word == "NAME" else word for word in words))
         said = capfd.readouterr().err
         assert code == 2, f"{where}: {said}"
         assert "bug of merge-gate" not in said
@@ -141,7 +137,7 @@ def test_an_odd_model_is_a_usage_error(place: Path, kind: str) -> None:
     (place / "file").write_text("{}")
     (place / "empty").mkdir()
     (place / "dangling").symlink_to("absent")
-    assert code_of(kind) == 2
+    assert verify(kind) == 2
 
 
 @pytest.mark.parametrize(
@@ -161,9 +157,9 @@ def test_an_odd_model_is_a_usage_error(place: Path, kind: str) -> None:
 )
 def test_a_mistake_is_refused_and_touches_nothing(place: Path, words: tuple[str, ...]) -> None:
     (place / "one").rename(place / "adapter")
-    assert code_of("model") == 0
+    assert verify("model") == 0
     before = contents(place)
-    assert code_of(*words) == 2
+    assert verify(*words) == 2
     assert contents(place) == before
 
 
@@ -188,15 +184,15 @@ UNREADABLE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("change", tried("W03", "own record", "exit 1, file-changed", CHANGED))
 def test_a_changed_directory_is_not_as_published(place: Path, change: Callable[[Path], object]) -> None:
     change(place / "model")
-    assert code_of("model") == 1
-    (entry,) = json.loads((place / "merge-gate-verify" / "report.json").read_text())["adapters"]
+    assert verify("model") == 1
+    (entry,) = entries(place / "merge-gate-verify")
     assert entry["cause"] == "file-changed"
 
 
 @pytest.mark.parametrize("change", tried("W03x", "own record", "exit 2", UNREADABLE))
 def test_a_record_that_is_none_is_a_usage_error(place: Path, change: Callable[[Path], object]) -> None:
     change(place / "model")
-    assert code_of("model") == 2
+    assert verify("model") == 2
 
 
 @pytest.mark.attempt("W02", "merge-gate.json, the card, and a file edited together", "exit 0: not signed")
@@ -204,4 +200,4 @@ def test_a_record_made_to_fit_is_not_noticed_without_a_signature(place: Path, mo
     monkeypatch.setitem(published.FILES, "config.json", b'{"edited": true}')
     (place / "model" / MANIFEST_NAME).unlink()
     published.publish(place / "model")
-    assert code_of("model") == 0
+    assert verify("model") == 0
