@@ -30,16 +30,14 @@ from merge_gate.files.preflight import preflight
 from merge_gate.records.config import PublishSpec
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.refusals import NotJudged
-from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import BaseKey, Quantization
-from merge_gate.worker import sandbox
-from merge_gate.worker.child import judge_job
-from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
+from merge_gate.records.terms import Quantization
+from merge_gate.worker.protocol import Event, Group, Job, Merged
 from tests.support import bases, methods
 from tests.support.call_ends import Ends
 from tests.support.engine import publish_layouts
-from tests.support.engine.base_headers import base_files, stored_tensors
+from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
+from tests.support.engine.jobs import events_as_they_come, events_of, group_of
 from tests.support.engine.merges import RUNS
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.engine.published import (
@@ -347,9 +345,8 @@ class Kept(KeptMerges):
 
     def events_of(self, group: Group) -> list[Event]:
         """Judge a group in this process, which is connected with this one."""
-        job = Job(groups=(group,), device="cpu")
-        events, ends = [], Ends(self.service(job))
-        for event in judge_job(job, lambda _: None, Sandbox(), client=ends.client):
+        events, ends = [], Ends(self.service(Job(groups=(group,), device="cpu")))
+        for event in events_as_they_come(group, client=ends.client):
             events.append(event)
             if isinstance(event, Merged):
                 self.order.append(("merged", event.task))
@@ -358,34 +355,18 @@ class Kept(KeptMerges):
 
 
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
-    """Jobs of this process have no sandbox."""
-    monkeypatch.setenv(sandbox.SWITCH, "off")
+def kept(tmp_path: Path) -> Kept:
     return Kept(tmp_path / "kept")
 
 
-def group_of(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) -> Group:
+def four_adapters(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) -> Group:
     """Two adapters to be published, one that is refused, and one that is not to be published."""
     refused = shutil.copytree(shelf.adapter("plain"), place / "refused")
     configure(target_modules=["absent"])(refused)
-    adapters = [shelf.adapter("every-projection"), shelf.adapter("modules-to-save"), refused, shelf.adapter("plain")]
-    tasks = tuple(
-        Task(
-            index=index,
-            files=(preflight(str(one), allow_pickle=False),),
-            consumers=RUNS if index == 3 else (*RUNS, publishing(publish)),
-        )
-        for index, one in enumerate(adapters)
-    )
-    dtype = "auto" if publish == "preserve" else publish
-    key = BaseKey(model="base", revision=None, dtype=dtype, quantization="none")
-    return Group(
-        base=key,
-        directory=str(shelf.base("llama")),
-        files=base_files(shelf.base("llama")),
-        tasks=tasks,
-        one_pass=one_pass,
-    )
+    adapters = (shelf.adapter("every-projection"), shelf.adapter("modules-to-save"), refused, shelf.adapter("plain"))
+    dtype, consumers = "auto" if publish == "preserve" else publish, (*RUNS, publishing(publish))
+    group = group_of(shelf.base("llama"), *adapters, dtype=dtype, consumers=consumers, one_pass=one_pass)
+    return replace(group, tasks=(*group.tasks[:3], replace(group.tasks[3], consumers=RUNS)))
 
 
 @pytest.mark.parametrize("publish", ["preserve", "bfloat16"])
@@ -393,7 +374,7 @@ def group_of(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) -> Grou
 def test_the_worker_writes_each_model_before_its_evidence(
     one_pass: bool, publish: str, kept: Kept, shelf: Shelf, tmp_path: Path
 ) -> None:
-    group = group_of(shelf, tmp_path, publish, one_pass=one_pass)
+    group = four_adapters(shelf, tmp_path, publish, one_pass=one_pass)
     kept.events_of(group)
     for task in (0, 1, 2):
         assert kept.order.index(("sent", task)) < kept.order.index(("merged", task))
@@ -420,21 +401,19 @@ def test_a_pass_that_publishes_reads_what_any_pass_reads(
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(LocalFeed, "read", read)
-    group = group_of(shelf, tmp_path, publish, one_pass=True)
+    group = four_adapters(shelf, tmp_path, publish, one_pass=True)
     assert kept.events_of(group)
     publishing = sorted(reads)
     reads.clear()
     plain = replace(group, tasks=tuple(replace(task, consumers=RUNS) for task in group.tasks))
-    assert list(judge_job(Job(groups=(plain,), device="cpu"), lambda _: None, Sandbox()))
+    assert events_of(plain)
     assert publishing == sorted(reads)
 
 
 def test_the_worker_publishes_a_quantized_base_plainly(kept: Kept, shelf: Shelf) -> None:
     directory, adapter = shelf.base("llama"), shelf.adapter("plain")
-    files = (preflight(str(adapter), allow_pickle=False),)
-    task = Task(index=0, files=files, consumers=(*RUNS, publishing("bfloat16")))
-    key = BaseKey(model="base", revision=None, dtype="bfloat16", quantization="bnb-8bit")
-    group = Group(base=key, directory=str(directory), files=base_files(directory), tasks=(task,))
+    consumers = (*RUNS, publishing("bfloat16"))
+    group = group_of(directory, adapter, dtype="bfloat16", quantization="bnb-8bit", consumers=consumers)
     merged = next(event for event in kept.events_of(group) if isinstance(event, Merged))
     assert merged.evidence.base.quantization == "bnb-8bit"
     assert {merge.stats.dtype for merge in merged.evidence.merges} == {"bfloat16"}

@@ -36,10 +36,10 @@ def group_of(
     return Group(**made | fields)
 
 
-def events_as_they_come(*groups: Group) -> Iterator[Event]:
+def events_as_they_come(*groups: Group, **connected: Any) -> Iterator[Event]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv(sandbox.SWITCH, "off")
-        yield from judge_job(Job(groups=groups, device="cpu"), lambda _: None, Sandbox())
+        yield from judge_job(Job(groups=groups, device="cpu"), lambda _: None, Sandbox(), **connected)
 
 
 def events_of(*groups: Group) -> list[Event]:
