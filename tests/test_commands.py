@@ -380,8 +380,7 @@ def test_a_run_that_ends_early_leaves_no_old_copy(command: str, place: Path, mon
     def end(*_: object, **__: object) -> NoReturn:
         raise GateError("the run ends")
 
-    monkeypatch.setattr("merge_gate.run.flow.Run.run", end)
-    monkeypatch.setattr("merge_gate.judging.adapter_report.files_report", end)
+    monkeypatch.setattr("merge_gate.judging.all_checks.judge_files", end)
     assert main(words) == 3
     assert not (place / "tests.xml").exists()
 
@@ -493,7 +492,6 @@ def test_a_first_config_where_nobody_can_write(place, cwd, capsys, wording) -> N
 
 
 def test_a_demo_that_is_judged_otherwise_is_no_demo(monkeypatch, capsys, wording) -> None:
-    monkeypatch.setattr(demo, "make_demo", lambda _: "gate.yml")
     monkeypatch.setattr(demo_command, "gate_adapters", lambda *_, **__: PASS)
     assert main(["demo", "new"]) == 3
     said = capsys.readouterr().err

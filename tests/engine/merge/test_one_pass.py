@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter import load_adapter as loading
 from merge_gate.engine.adapter.inject import parameters_of
 from merge_gate.engine.adapter.load_adapter import Loaded, load_adapter
@@ -23,12 +23,11 @@ from merge_gate.engine.merge.private_copies import factors_in_memory, map_factor
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.files.preflight import preflight
 from merge_gate.records.measured import MeasureOptions
-from merge_gate.records.refusals import Refused
 from tests.support import methods
 from tests.support.engine.local_bases import base_for, edited_adapter, load_local
 from tests.support.engine.merges import comparable, request_for
 from tests.support.faults import configure
-from tests.support.models import Shelf, read_tensors
+from tests.support.models import Shelf, read_tensors, save_adapter
 
 SAMPLED = MeasureOptions(estimates=True)
 
@@ -136,15 +135,12 @@ def test_adapters_of_one_kind_share_one_injection(shelf: Shelf, monkeypatch: pyt
     assert len({evidence.merges for evidence in together if evidence is not None}) == 1
 
 
-def test_adapters_of_one_kind_are_refused_alike(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise Refused("loftq_without_gpu")
-
-    monkeypatch.setattr(adapter_evidence, "refuse_wrong_merges", refuse)
-    adapter = shelf.adapter("every-projection")
-    base = base_for(shelf.base("llama"), adapter, "bfloat16")
-    together = merge_together([request_for(base, adapter)] * 2)
-    assert [evidence is not None and evidence.refusal is not None for evidence in together] == [True, True]
+def test_adapters_of_one_kind_are_refused_alike(shelf: Shelf, tmp_path: Path) -> None:
+    """PEFT would merge both into the tensor that they share."""
+    directory, both = shelf.base("llama-tied"), ["embed_tokens", "lm_head"]
+    save_adapter(directory, tmp_path, LoraConfig(r=2, target_modules=both, task_type="CAUSAL_LM"))
+    together = merge_together([request_for(base_for(directory, tmp_path, "bfloat16"), tmp_path)] * 2)
+    assert [evidence.refusal.fields["defect"] for evidence in together] == ["merged-twice"] * 2
 
 
 # --- a layer over copies: what PEFT writes to them reaches no other adapter, and nothing is left of them -----------
