@@ -102,9 +102,8 @@ def test_wrong_arguments_raise(demo: Path, wording: Wording, cwd) -> None:
         ("adapters/good", {"checks": {"no-efect": "off"}}),
         ("adapters/good", {"device": "tpu"}),
     ):
-        with pytest.raises(UsageError) as caught:
+        with wording.of(UsageError):
             gate(names, **options)  # type: ignore[arg-type]
-        wording(caught.value)
     (demo / "broken.yml").write_text("version: 2\n")
     with pytest.raises(ConfigError):
         gate("broken.yml")

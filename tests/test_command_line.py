@@ -79,9 +79,8 @@ def test_a_wrong_variable_is_named(variable, value, variables, capsys, wording) 
 
 def test_a_variable_is_refused_where_its_option_would_be(variables, wording: Wording) -> None:
     variables["MERGE_GATE_DTYPE"] = "float16"
-    with pytest.raises(UsageError, match="MERGE_GATE_DTYPE") as caught:
+    with wording.of(UsageError, match="MERGE_GATE_DTYPE"):
         requested_config(parsed(["run", "merge-gate.yml"]))
-    wording(caught.value)
 
 
 def test_the_variables_that_were_used_are_named(variables, capsys, wording) -> None:

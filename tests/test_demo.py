@@ -113,9 +113,8 @@ def test_somebody_elses_directory_is_left_alone(tmp_path: Path) -> None:
 def test_a_file_is_not_a_directory(tmp_path: Path, wording: Wording) -> None:
     (tmp_path / "taken").write_text("x")
     for name in ("taken", "taken/below"):
-        with pytest.raises(UsageError, match=name) as caught:
+        with wording.of(UsageError, match=name):
             make_demo(str(tmp_path / name))
-        wording(caught.value)
     assert (tmp_path / "taken").read_text() == "x"
 
 
@@ -127,9 +126,8 @@ def test_no_link_leads_out_of_the_demo(tmp_path: Path, link: str, wording: Wordi
     (demo / link).parent.mkdir(parents=True)
     (demo / MARKER).write_text("")
     (demo / link).symlink_to(outside)
-    with pytest.raises(UsageError, match=link) as caught:
+    with wording.of(UsageError, match=link):
         make_demo(str(demo))
-    wording(caught.value)
     assert not list(outside.iterdir())
 
 

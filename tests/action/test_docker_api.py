@@ -48,9 +48,8 @@ def test_an_address_that_was_set_on_purpose_is_tried_not_asked(tmp_path: Path) -
 )
 def test_without_an_engine_or_an_sdk_there_is_a_sentence(environ, given, sdk, monkeypatch, wording) -> None:
     monkeypatch.setitem(sys.modules, "docker", sdk)
-    with pytest.raises(LauncherError) as raised:
+    with wording.of(LauncherError):
         docker_api.connect({**environ, **given})
-    wording(raised.value)
 
 
 def test_an_engine_behind_tls_without_certificates_is_a_sentence(tmp_path: Path) -> None:
@@ -108,9 +107,8 @@ def test_odd_answers_of_an_engine_are_a_sentence(answer: object, wording: Wordin
         lambda client: docker_api.ensure_image(client, "image", print),
         lambda client: docker_api.labelled(client, {"a": "b"}),
     ):
-        with pytest.raises(LauncherError) as caught:
+        with wording.of(LauncherError):
             ask(client)
-        wording(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -231,9 +229,8 @@ def test_a_context_that_is_in_use(environ, tmp_path: Path, wording: Wording) -> 
 
 
 def test_a_context_that_is_not_there(environ, wording: Wording) -> None:
-    with pytest.raises(LauncherError) as raised:
+    with wording.of(LauncherError):
         docker_api.find_address({**environ, "DOCKER_CONTEXT": "gone"})
-    wording(raised.value)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"currentContext": 3}', "{}"])

@@ -203,9 +203,8 @@ def test_a_pull_may_be_asked_for_and_forbidden(run, engine: Engine, heard: Heard
     assert heard.run(replace(run, pull="never")) == 1
     assert heard.run(replace(run, pull="always")) == 1
     assert heard.images == ["sha256:1", "sha256:newer"]
-    with pytest.raises(LauncherError) as caught:
+    with wording.of(LauncherError):
         heard.run(replace(run, image="absent", pull="never"))
-    wording(caught.value)
     nothing_is_left(run, engine)
 
 
@@ -214,9 +213,8 @@ def test_a_pull_may_be_asked_for_and_forbidden(run, engine: Engine, heard: Heard
 )
 def test_a_pull_that_brings_nothing(run, engine: Engine, heard: Heard, says: list, wording: Wording) -> None:
     engine.pull_says = says
-    with pytest.raises(LauncherError) as raised:
+    with wording.of(LauncherError):
         heard.run(replace(run, image="host/gate:1"))
-    wording(raised.value)
     assert engine.made == []
 
 
@@ -305,9 +303,8 @@ def test_a_request_that_docker_does_not_take_is_seen(request_: dict) -> None:
 )
 def test_an_engine_that_fails_is_a_sentence_and_nothing_is_left(run, engine, heard, request_, wording) -> None:
     engine.wrong[request_] = [(500, {"message": "broken"})]
-    with pytest.raises(LauncherError) as raised:
+    with wording.of(LauncherError):
         heard.run(run)
-    wording(raised.value)
     nothing_is_left(run, engine)
 
 
@@ -329,17 +326,15 @@ def test_a_log_that_breaks_off_costs_the_log_alone(run, engine: Engine, heard: H
 
 def test_a_container_that_was_killed_is_no_verdict(run, engine: Engine, heard: Heard, wording: Wording) -> None:
     engine.run = lambda _inside: 137
-    with pytest.raises(LauncherError) as caught:
+    with wording.of(LauncherError):
         heard.run(run)
-    wording(caught.value)
     nothing_is_left(run, engine)
 
 
 def test_an_engine_of_a_context_that_does_not_answer(run, engine: Engine, heard: Heard, wording: Wording) -> None:
     engine.wrong["GET /version"] = [(500, {"message": "starting"})]
-    with pytest.raises(LauncherError) as caught:
+    with wording.of(LauncherError):
         heard.run(run)
-    wording(caught.value)
 
 
 # --- what is left of others, and of this run -------------------------------------------------------------------------
@@ -376,9 +371,8 @@ def test_a_list_that_fails_once_is_asked_for_again(run, engine: Engine, heard: H
 
 def test_a_directory_that_cannot_be_made_is_a_sentence(run, engine, heard, tmp_path, wording) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(LauncherError) as caught:
+    with wording.of(LauncherError):
         heard.run(replace(run, hf_cache=tmp_path / "file" / "hf"))
-    wording(caught.value)
     assert engine.made == []
     nothing_is_left(run, engine)
 

@@ -104,6 +104,5 @@ def test_cudas_own_variable_is_a_ceiling_too(gpus, device, cuda, nvidia, wanted,
 
 @pytest.mark.parametrize(("gpus", "device", "cuda"), [("all", "auto", ""), ("auto", "cuda", "-1"), ("0", "auto", "1")])
 def test_more_than_cudas_own_variable_allots_is_refused(gpus, device, cuda, with_gpu, wording) -> None:
-    with pytest.raises(UsageError) as caught:
+    with wording.of(UsageError):
         requested_gpus(gpus, device, {"CUDA_VISIBLE_DEVICES": cuda}, with_gpu)
-    wording(caught.value)

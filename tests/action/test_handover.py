@@ -28,16 +28,14 @@ def test_nothing_promised_nothing_read() -> None:
 
 @pytest.mark.parametrize("data", [b"", b'{"HF_TO', b"[]\n", b"\xff\n"])
 def test_a_line_that_does_not_come_is_an_error(data: bytes, wording: Wording) -> None:
-    with pytest.raises(LauncherError) as raised:
+    with wording.of(LauncherError) as raised:
         handover.read({handover.MARKER: "1"}, io.BytesIO(data))
-    wording(raised.value)
     assert raised.value.hint
 
 
 def test_a_line_that_would_not_fit_is_not_sent(wording: Wording) -> None:
-    with pytest.raises(LauncherError) as caught:
+    with wording.of(LauncherError):
         handover.written({"HF_TOKEN": "x" * 100_000})
-    wording(caught.value)
 
 
 # --- canaries and GPUs -----------------------------------------------------------------------------------------------
@@ -68,9 +66,8 @@ def test_a_mount_that_is_not_the_one(tmp_path: Path, change: str, wording: Wordi
 def test_a_gpu_that_was_asked_for(tmp_path: Path, name: str, wording: Wording) -> None:
     expected = handover.expectations({}, "all")
     (tmp_path / "nvme0n1").touch()
-    with pytest.raises(LauncherError) as raised:
+    with wording.of(LauncherError):
         handover.verify(expected, tmp_path)
-    wording(raised.value)
     (tmp_path / name).touch()
     assert handover.verify(expected, tmp_path) == [str(tmp_path / name)]
     assert handover.verify(handover.expectations({}, ""), tmp_path) == [], "not asked for, not looked at"
@@ -96,6 +93,5 @@ def test_the_gpus_that_were_asked_for_are_counted(tmp_path, asked, there, enough
     if enough:
         assert len(handover.verify(expected, tmp_path)) == len(there)
     else:
-        with pytest.raises(LauncherError) as raised:
+        with wording.of(LauncherError):
             handover.verify(expected, tmp_path)
-        wording(raised.value)

@@ -26,9 +26,8 @@ def test_the_defaults_are_good(environ: dict[str, str]) -> None:
     ("config", "said"), [("none.yml", "is not there (does actions/checkout come"), (".", "is a directory")]
 )
 def test_a_config_that_is_no_file_is_told_what_it_is(config, said, environ, wording) -> None:
-    with pytest.raises(UsageError) as caught:
+    with wording.of(UsageError):
         action.read_inputs(asked(environ, config=config))
-    wording(caught.value)
 
 
 def test_no_two_uses_share_an_artifact_or_a_directory(environ: dict[str, str]) -> None:
@@ -140,9 +139,8 @@ WRONG = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_a_wrong_input_is_named_with_what_was_expected(environ, name, value, wording) -> None:
     given = {name.replace("-", "_"): value, **({"config": ""} if name == "adapters" else {})}
-    with pytest.raises(UsageError) as raised:
+    with wording.of(UsageError) as raised:
         action.read_inputs(asked(environ, **given))
-    wording(raised.value)
     assert "\n" not in raised.value.message
     assert "docs/reference/action.md" in raised.value.hint
 
@@ -155,9 +153,8 @@ def test_a_model_is_verified_or_adapters_are_gated(environ: dict[str, str], word
         {"adapters": "a/b", "config": "other.yml"},
         {"cache": "true", "cache_dir": "x", "hf_cache": "true", "hf_cache_dir": "y"},
     ):
-        with pytest.raises(UsageError) as raised:
+        with wording.of(UsageError):
             action.read_inputs(asked(environ, **given))
-        wording(raised.value)
 
 
 @pytest.mark.parametrize("gpus", ["0,1", "GPU-5f1c", "MIG-5f1c", "0:1", "nvidia.com/gpu=0,nvidia.com/gpu=1"])

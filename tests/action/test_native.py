@@ -103,17 +103,15 @@ def test_a_python_without_merge_gate(run: ContainerRun, python: Path, wording: W
     python.write_text("#!/bin/sh\nexit 1\n", encoding="utf-8")
     assert step.missing({})
     for refuse in (lambda: step.run_here(run, print), lambda: step.choose_runtime("auto", run.environ)):
-        with pytest.raises(UsageError) as raised:
+        with wording.of(UsageError):
             refuse()
-        wording(raised.value)
 
 
 def test_an_older_python_is_a_sentence(run: ContainerRun, monkeypatch: pytest.MonkeyPatch, wording: Wording) -> None:
     older = SimpleNamespace(version_info=(3, 9, 2), version="3.9.2 (default)", executable="/usr/bin/python3")
     monkeypatch.setattr(step, "sys", older)
-    with pytest.raises(UsageError) as caught:
+    with wording.of(UsageError):
         step.run_here(run, print)
-    wording(caught.value)
 
 
 @pytest.mark.parametrize("obeys", [True, False])
@@ -136,6 +134,5 @@ def test_a_signal_stops_the_gate_whether_it_obeys_or_not(run, python, monkeypatc
 def test_a_gate_that_dies_is_no_verdict(run: ContainerRun, python: Path, wording: Wording) -> None:
     """A Python that kills itself once the probe has been answered, as the kernel does when memory runs out."""
     python.write_text('#!/bin/sh\n[ "$2" = "-c" ] && exit 0\nkill -KILL $$\n', encoding="utf-8")
-    with pytest.raises(LauncherError) as caught:
+    with wording.of(LauncherError):
         step.run_here(run, print)
-    wording(caught.value)

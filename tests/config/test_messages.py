@@ -246,9 +246,8 @@ def test_messages_of_configurations(laid: Path) -> None:
 @pytest.mark.parametrize("target", ["none", "z" * 201])
 def test_a_file_that_is_a_broken_link(tmp_path, target, cwd, wording) -> None:
     Path("gate.yml").symlink_to(target)
-    with pytest.raises(ConfigError) as caught:
+    with wording.of(ConfigError):
         load_config("gate.yml")
-    wording(caught.value)
 
 
 @pytest.fixture
@@ -326,16 +325,14 @@ def test_a_base_whose_name_is_none_of_the_hubs_is_looked_for(here: Path) -> None
 
 @pytest.mark.parametrize("directory", ["empty", "far", "gone", "a/one/adapter_config.json"])
 def test_a_first_file_of_nothing(here: Path, directory: str, wording: Wording) -> None:
-    with pytest.raises(UsageError) as caught:
+    with wording.of(UsageError) as caught:
         first_config([directory], base_of)
     assert f'"{directory}"' in caught.value.message
-    wording(caught.value)
 
 
 def test_a_directory_of_adapters_is_none_itself(here: Path, wording: Wording) -> None:
-    with pytest.raises(UsageError) as caught:
+    with wording.of(UsageError):
         config_of(["a/"])
-    wording(caught.value)
     with pytest.raises(UsageError, match=r'"none/".*"four"'):
         config_of(["a/one", "none/"])
     assert [one.source for one in config_of(["a/one", "a/deep"]).adapters] == ["a/one", "a/deep"]
@@ -349,19 +346,16 @@ def test_an_adapter_may_hold_adapters(here: Path) -> None:
 
 def test_a_file_among_adapters(here: Path, wording: Wording) -> None:
     assert names_a_file(["gone.yaml"])
-    with pytest.raises(UsageError) as caught:
+    with wording.of(UsageError):
         names_a_file(["a/one", "gone.yaml"])
-    wording(caught.value)
 
 
 @pytest.mark.usefixtures("here")
 def test_problems_of_the_command_line(wording: Wording) -> None:
-    with pytest.raises(UsageError) as caught:
+    with wording.of(UsageError):
         config_of(["a/one", "./gone", "/"], quantization="8bit", dtypes=["auto", "auto"])
-    wording(caught.value)
-    with pytest.raises(UsageError, match="zzzzzz") as caught:
+    with wording.of(UsageError, match="zzzzzz"):
         config_of(["a/one"], dtypes=["zzzzzz"])
-    wording(caught.value)
     with pytest.raises(UsageError, match=r'"lora_alpha".*got "abc"'):
         config_of(["a/one"], expect={"lora_alpha": "abc"})
     assert re.fullmatch("[0-9a-f]{64}", config_of(["a/one"]).sha256)

@@ -136,13 +136,11 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_a_missing_directory_and_a_file_say_so(tmp_path: Path, wording: Wording) -> None:
-    with pytest.raises(ResolveError) as caught:
+    with wording.of(ResolveError):
         resolve_adapter(spec(tmp_path / "absent"))
-    wording(caught.value)
     (tmp_path / "file").touch()
-    with pytest.raises(ResolveError) as caught:
+    with wording.of(ResolveError):
         resolve_adapter(spec(tmp_path / "file"))
-    wording(caught.value)
 
 
 def test_a_combination_is_no_directory() -> None:
@@ -167,15 +165,13 @@ PICKLED_BASE = {"config.json": b"{}", "pytorch_model.bin": packed(b"\x80\x02}.")
 def test_a_pipe_in_a_base_does_not_hang(tmp_path: Path, wording: Wording) -> None:
     directory = make_directory(tmp_path / "base", {"config.json": b"{}"})
     os.mkfifo(directory / "model.safetensors")
-    with pytest.raises(ResolveError) as caught:
+    with wording.of(ResolveError):
         resolve_base(str(directory))
-    wording(caught.value)
 
 
 def test_a_base_that_is_gone_by_now(tmp_path: Path, wording: Wording) -> None:
-    with pytest.raises(ResolveError) as caught:
+    with wording.of(ResolveError):
         base_weight_files(str(tmp_path / "base"))
-    wording(caught.value)
 
 
 def test_settings_are_what_transformers_reads_beside_the_weights(tmp_path: Path) -> None:
@@ -192,9 +188,8 @@ def test_settings_are_what_transformers_reads_beside_the_weights(tmp_path: Path)
     "name", ["./out", "../llama", "~/models/x", "C:\\models\\x", "a/b/c", "models/", "/nowhere/llama"]
 )
 def test_a_path_of_another_machine_is_not_asked_of_the_hub(name: str, wording: Wording) -> None:
-    with pytest.raises(ResolveError) as raised:
+    with wording.of(ResolveError):
         resolve_base(name)
-    wording(raised.value)
 
 
 # --- digests -------------------------------------------------------------------------------------------------------

@@ -8,10 +8,12 @@ of a module write one file), and look at the difference.
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
+import pytest
 from huggingface_hub import constants
 
 SECTION = re.compile(r"^== (.*)$", re.MULTILINE)
@@ -70,6 +72,13 @@ class Wording:
         if not os.environ.get("UPDATE_GOLDENS"):
             expected = (self._expected or "").split(BETWEEN)
             assert self._met == expected[: len(self._met)], "look at the difference, then run with UPDATE_GOLDENS=1"
+
+    @contextmanager
+    def of(self, kind: type[Exception], match: str | None = None) -> Iterator[pytest.ExceptionInfo[Exception]]:
+        """Hold the error of this kind that the block raises."""
+        with pytest.raises(kind, match=match) as caught:
+            yield caught
+        self(caught.value)
 
     def close(self) -> None:
         """The golden has no other sentence of this test."""
