@@ -93,9 +93,6 @@ def texts(findings: Iterator[Finding], root: Path) -> str:
     return "\n".join(f"{one.message} | {one.hint}" for one in findings).replace(str(root), "")
 
 
-# --- what the gate says -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("case", params(ALL))
 def test_the_verdict_is_right(case: Case, run: Run) -> None:
     adapter = run.adapters[case.name]
@@ -133,9 +130,6 @@ def test_the_report_states_what_was_loaded(case: Case, run: Run) -> None:
     stated = run.adapters[case.name].base
     assert case.dtype in (None, stated.dtype)
     assert case.quantization in (None, str(stated.quantization))
-
-
-# --- what the cases claim ---------------------------------------------------------------------------------------------
 
 
 def wrong(model: torch.nn.Module, truth: Mapping[str, torch.Tensor]) -> list[str]:
@@ -184,8 +178,6 @@ def test_a_broken_base_is_not_what_transformers_loads(case: Case, run: Run) -> N
     lacking = truth.keys() - dict(model.named_parameters(remove_duplicate=False)).keys()
     assert bool(lacking or wrong(model, truth)) == (case.name not in LOADS_AS_THE_TRUTH)
 
-
-# --- dequantized on every machine ------------------------------------------------------------------------------------
 
 DEQUANTIZED_CASES = {name: case for name, case in GOOD.items() if case.quantization in DEQUANTIZED}
 

@@ -92,9 +92,6 @@ def test_the_page_names_what_the_recipes_expect() -> None:
         assert variable in page
 
 
-# --- Hugging Face Jobs -----------------------------------------------------------------------------------------------
-
-
 def recipe() -> Any:
     """The script as a module of its own."""
     spec = importlib.util.spec_from_file_location("hf_job", RECIPES / "hf_job.py")

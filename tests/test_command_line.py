@@ -31,9 +31,6 @@ def usual(variables, cwd, tmp_path: Path) -> None:
     (tmp_path / "merge-gate.yml").write_text("version: 1\nadapters: [acme/one]\n")
 
 
-# --- variables -----------------------------------------------------------------------------------------------------
-
-
 def test_a_variable_stands_for_an_option(variables) -> None:
     given = {"MERGE_GATE_DEVICE": "cuda:1", "MERGE_GATE_QUIET": "true", "MERGE_GATE_REFRESH": "0"}
     variables.update(given, MERGE_GATE_CACHE="")
@@ -128,9 +125,6 @@ def test_every_variable_in_the_repository_is_known(variables) -> None:
     assert unknown == ()
 
 
-# --- help ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("command", commands())
 def test_help_fits_80_columns_and_cuts_no_word(command: str) -> None:
     asked = commands()[command]
@@ -207,8 +201,6 @@ def test_every_example_can_be_typed() -> None:
 def test_help_and_version_are_words_too(words: list[str], same: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert printed(words, capsys) == printed(same, capsys) != ""
 
-
-# --- completion ----------------------------------------------------------------------------------------------------
 
 ASK = """
 source "$1"; shift

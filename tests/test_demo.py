@@ -131,9 +131,6 @@ def test_no_link_leads_out_of_the_demo(tmp_path: Path, link: str, wording: Wordi
     assert not list(outside.iterdir())
 
 
-# --- what the command prints, and what it leaves -------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def without_a_directory(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Answer]:
     """`merge-gate demo`, started in an empty directory."""

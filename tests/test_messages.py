@@ -47,9 +47,6 @@ def row(name: str, check: str, *says: str, **settings: Any) -> Row:
     return Row(name=name, check=check, says=says, **settings)
 
 
-# --- layouts of other programs -------------------------------------------------------------------------------------
-
-
 def files(**contents: Any) -> Callable[[Path], None]:
     """Nothing but these files; names are written with __ for a dot. Tensors by shapes, JSON, or bytes."""
 
@@ -174,9 +171,6 @@ def adapter_and_base() -> tuple[Row, ...]:
 
 
 ROWS = (*other_formats(), *of_other_releases(), *of_machines_without_a_gpu(), *adapter_and_base())
-
-
-# --- one run -------------------------------------------------------------------------------------------------------
 
 
 def lay_out(row: Row, shelf: Shelf, directory: Path) -> None:

@@ -71,9 +71,6 @@ def test_float16_keeps_most_of_its_effect_though_not_of_its_norm(real: dict[str,
     assert report.forward.rounding_change == pytest.approx(0.15, abs=0.03)
 
 
-# --- adapters that really broke --------------------------------------------------------------------------------------
-
-
 def train(directory: Path, learning_rate: float, done: Callable[[Any], bool]) -> None:
     """Pulls the embeddings of random sentences together, at a rate that no one would choose, until `done`."""
     torch.manual_seed(0)

@@ -35,9 +35,6 @@ JENKINS = (RECIPES / "Jenkinsfile").read_text(encoding="utf-8")
 SECRET, TOKEN, SHA = "the-hub-knows-it", "github_pat_x", "575db8b7a51b6f85eb06eee540738584589f131c"
 
 
-# --- GitLab and Jenkins ----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def checkout(shelf: Shelf, tmp_path: Path) -> Path:
     """A repository with one adapter, whose file is cut off."""
@@ -74,9 +71,6 @@ def test_gitlab_keeps_the_report_of_a_job_that_failed() -> None:
     assert GITLAB["image"]["entrypoint"] == [""], (
         "the image's own entrypoint would take the runner's shell for a command"
     )
-
-
-# --- the Hub's webhook -----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -202,8 +196,6 @@ def test_what_is_not_set_is_named() -> None:
     )
     assert (done.returncode, done.stderr) == (1, "not set: HUB_REPOS, GITHUB_TOKEN\n")
 
-
-# --- the upload to the Hub -------------------------------------------------------------------------------------------
 
 HUB_TOKEN = "hf_may_write"
 OLD = {".gitattributes": b"*", "model-00001-of-00002.safetensors": b"old", "config.json": b"old", "old/x.py": b""}

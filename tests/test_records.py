@@ -115,9 +115,6 @@ def test_a_report_travels() -> None:
     assert hash(one) == hash(report(P, F))
 
 
-# --- errors ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", [GateError, UsageError, ResolveError, EngineError, LauncherError])
 def test_an_error_keeps_its_hint_when_it_travels(kind: type[GateError]) -> None:
     error = pickle.loads(pickle.dumps(kind("what", hint="what next")))

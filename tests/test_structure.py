@@ -117,8 +117,6 @@ def test_every_other_module_is_in_support_or_tools() -> None:
     assert misplaced == set(), "a test there is easily overlooked"
 
 
-# --- src/merge_gate ---------------------------------------------------------------------------------------------------
-
 PACKAGE = ROOT / "src" / "merge_gate"
 MOST_MODULES = 15
 """In one folder, without `__init__.py`."""

@@ -70,8 +70,6 @@ def test_the_release_names_its_images_as_the_documents_do() -> None:
     assert 'git tag --force "v${VERSION%%.*}"' in tags
 
 
-# --- the notes of a release ------------------------------------------------------------------------------------------
-
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 REPOSITORY = "https://github.com/acme/merge-gate"
 NOTES = runpy.run_path(str(ROOT / ".ci" / "release_notes.py"))["notes"]
@@ -113,9 +111,6 @@ def test_the_release_renders_its_notes_first_and_shows_them() -> None:
     assert command in checked
     assert command in made
     assert "--notes-file" in made
-
-
-# --- the metadata of the package -------------------------------------------------------------------------------------
 
 
 def test_the_readme_s_links_are_absolute_with_an_address() -> None:

@@ -170,9 +170,6 @@ def test_the_python_that_native_asks_for_is_the_packages() -> None:
     assert "(3, 11)" in Path(gate_step.__file__).read_text(encoding="utf-8")
 
 
-# --- pins ------------------------------------------------------------------------------------------------------------
-
-
 def workflows() -> list[Path]:
     return [
         ROOT / "action.yml",

@@ -128,8 +128,6 @@ def test_other_exit_codes_are_no_verdict(code: int, killed: bool, says: str) -> 
         container.exit_code(code, killed)
 
 
-# --- what the launcher refuses before it asks an engine --------------------------------------------------------------
-
 HIDING = ("/", "/usr/share/x", "/etc", "/opt/merge-gate")
 
 

@@ -125,9 +125,6 @@ def test_an_image_is_known_by_its_digest(known: list[str], image: str, identity:
     assert docker_api.ensure_image(client, image, print) == identity
 
 
-# --- the address -----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def answering(tmp_path: Path) -> Iterator[str]:
     """A socket that says OK."""
@@ -239,9 +236,6 @@ def test_a_configuration_that_says_nothing(environ, tmp_path: Path, text: str | 
     if text is not None:
         (tmp_path / "home" / ".docker" / "config.json").write_text(text, encoding="utf-8")
     assert docker_api.find_address(environ) is None
-
-
-# --- the SDK of the action -------------------------------------------------------------------------------------------
 
 
 def locked() -> dict[str, set[str]]:

@@ -38,9 +38,6 @@ def test_a_line_that_would_not_fit_is_not_sent(wording: Wording) -> None:
         handover.written({"HF_TOKEN": "x" * 100_000})
 
 
-# --- canaries and GPUs -----------------------------------------------------------------------------------------------
-
-
 def test_canaries_that_are_there(tmp_path: Path) -> None:
     first, second = handover.plant(tmp_path), handover.plant(tmp_path)
     assert first.read_text() != second.read_text()

@@ -119,9 +119,6 @@ def test_a_report_beside_a_planted_file_is_no_verdict(tmp_path: Path, wording: W
     wording(said.problem)
 
 
-# --- what the job does with it ---------------------------------------------------------------------------------------
-
-
 def entries(*verdicts: str, warns: bool = False, **more: object) -> dict:
     finding = {"check": "headroom", "severity": "warning", "message": "m", "hint": None, "tensor": None}
     listed = [
@@ -200,9 +197,6 @@ def test_an_adapter_has_passed_if_it_has_in_every_dtype() -> None:
 )
 def test_the_headline_is_a_line_that_nothing_interprets(result: str, problem: str, summary: str, line: str) -> None:
     assert outcome.headline(outcome.StepOutcome(result, entries(), problem), summary) == line
-
-
-# --- published models ------------------------------------------------------------------------------------------------
 
 
 def test_a_published_model_is_listed_with_its_manifests_digest(tmp_path: Path) -> None:

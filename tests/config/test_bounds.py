@@ -32,9 +32,6 @@ def refused(place: Path, text: str) -> ConfigError:
     return caught.value
 
 
-# --- how many --------------------------------------------------------------------------------------------------------
-
-
 def test_a_file_may_list_ten_thousand_adapters_and_no_more(tmp_path: Path, wording: Wording) -> None:
     text = HEAD + "".join(f"- acme/a{n}\n" for n in range(MAX_ADAPTERS))
     assert len(load(tmp_path, text).adapters) == MAX_ADAPTERS == 10_000
@@ -103,9 +100,6 @@ def test_problems_of_the_command_line_are_counted_too() -> None:
     with pytest.raises(UsageError, match=r"\b50\b") as caught:
         config_of([f"./a{n}" for n in range(150)])
     assert caught.value.message.count("./a") == MAX_LISTED
-
-
-# --- both parsers ----------------------------------------------------------------------------------------------------
 
 
 def outcome(text: str) -> tuple[object, ...]:

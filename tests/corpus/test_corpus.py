@@ -87,9 +87,6 @@ def test_a_converted_bone_adapter_merges_as_its_release_did(tmp_path: Path, gate
     assert held.is_same, (str(held.judgement), held.differing)
 
 
-# --- plain PEFT's merges of today ------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """`source` is RELEASE/KIND of the corpus; its cause and its warning are those of the tables above."""

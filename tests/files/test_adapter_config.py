@@ -88,8 +88,6 @@ def test_the_digest_is_that_of_what_the_file_says(tmp_path: Path) -> None:
     assert spaced.digest != recorded(tmp_path / "c", CONFIG | {"r": 5}).digest
 
 
-# --- any object at all ---------------------------------------------------------------------------------------------
-
 KEYS = (
     *EVERYTHING, "target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layers_pattern", "target_parameters", "megatron_config", "megatron_core", "lora_dropout",
@@ -144,8 +142,6 @@ def test_any_bytes_are_a_record_or_a_finding(raw: bytes, place: Path) -> None:
     assert whole(look(place)).findings, "nothing so short is a whole config"
 
 
-# --- as PEFT reads the same text -----------------------------------------------------------------------------------
-
 SAME = {
     "task_type": "task_type", "base_model_name_or_path": "base_name", "revision": "base_revision",
     "peft_version": "peft_version", "r": "r", "lora_alpha": "lora_alpha", "bias": "bias",
@@ -186,9 +182,6 @@ def test_what_is_recorded_is_what_peft_reads(config: dict[str, Any], place: Path
             continue
         said_otherwise = theirs in {"peft_version", "init_lora_weights"}  # PEFT's own version; a flag
         assert got == expected if got else not expected or said_otherwise, theirs
-
-
-# --- regular expressions ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -183,8 +183,6 @@ def test_slow_bytes_are_waited_for(base: str, monkeypatch: pytest.MonkeyPatch) -
     assert hashed(base).digest(base) == digest_of_digests(ZEROS)
 
 
-# --- changes ---------------------------------------------------------------------------------------------------------
-
 TASKS = (7, 8)
 
 
@@ -253,9 +251,6 @@ def test_an_entry_without_a_base_is_a_bug(tmp_path: Path) -> None:
     assert base_directory(one) == str(tmp_path / "base")
     with pytest.raises(AssertionError):
         base_directory(replace(one, base=None))
-
-
-# --- bytes that passed through this process --------------------------------------------------------------------------
 
 
 def sha256_of(base: str) -> dict[str, str]:

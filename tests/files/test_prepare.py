@@ -131,9 +131,6 @@ def test_a_base_name_that_nobody_thought_of_costs_its_adapter(named: str, place:
     assert found["one"].problem is None
 
 
-# --- a mount that does not answer ------------------------------------------------------------------------------------
-
-
 def limited(place: Path, timeout_s: float | None) -> Entry:
     (place / "gate.yml").write_text(json.dumps({"version": 1, "adapters": ["./one"]}))
     config = load_config(str(place / "gate.yml"))

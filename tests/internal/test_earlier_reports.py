@@ -30,9 +30,6 @@ def begin(folder: Path) -> None:
         pass
 
 
-# --- recognized ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("report", [PASS, FAIL, EMPTY], ids=["pass", "fail", "provisional"])
 def test_a_file_of_the_gate_is_recognized_also_in_part(name: str, report: Report, tmp_path: Path) -> None:
@@ -91,9 +88,6 @@ def test_any_other_file_is_refused_and_nothing_moves(kind: str, name: str, tmp_p
     assert before == sorted((str(path), os.lstat(path)[:3]) for path in tmp_path.rglob("*"))
     with pytest.raises(UsageError, match=name):
         write_text(tmp_path / name, OWN)
-
-
-# --- moved ---------------------------------------------------------------------------------------------------------
 
 
 def test_nothing_to_move_makes_no_directory(tmp_path: Path) -> None:

@@ -71,9 +71,6 @@ def test_counts_have_the_noun_that_goes_with_them() -> None:
     assert (counted(1, "entry", "entries"), counted(2, "entry", "entries")) == ("1 entry", "2 entries")
 
 
-# --- names that become paths: one rule for listings, indexes, manifests, and headers ---------------------------------
-
-
 @given(st.lists(st.sampled_from(["a", "..", ".", "", "b c"]), max_size=4).map("/".join))
 def test_a_name_that_is_inside_has_one_spelling(name: str) -> None:
     inside = os.path.normpath(f"/top/{name}")

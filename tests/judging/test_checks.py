@@ -43,8 +43,6 @@ from tests.support.wording import Wording
 OTHER_BASE = {"base_model_name_or_path": "acme/mistral"}
 """What fires base-mismatch on `NAMED`."""
 
-# --- the table -------------------------------------------------------------------------------------------------------
-
 
 def test_every_check_has_its_module_its_tests_and_a_place() -> None:
     assert [row.blame for row in CHECKS.values()] == sorted({row.blame for row in CHECKS.values()})
@@ -91,9 +89,6 @@ def test_nonfinite_values_are_counted_and_placed(stats: TensorStats, figures: li
     assert re.findall(r"\d[\d,]*\d|\d", describe_nonfinite(stats)) == figures
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("severity", [Severity.ERROR, Severity.WARNING, Severity.OFF])
 def test_a_note_stays_a_note(severity: Severity) -> None:
     note = Finding(check="base-mismatch", severity=Severity.NOTE, message="a path", origin=Origin.CONFIG)
@@ -116,9 +111,6 @@ def test_a_limit_is_what_the_config_says(check: str, limit: float, evidence_: Ev
     (finding,) = judge(with_settings(spec(), lower), files(), evidence_)
     assert finding.severity is Severity.ERROR
     assert dict(finding.measured)["limit"] == limit / 2
-
-
-# --- blame -----------------------------------------------------------------------------------------------------------
 
 
 def test_causes_come_before_what_follows_from_them() -> None:
@@ -163,9 +155,6 @@ def test_a_check_that_crashes_hides_no_other(severity: Severity, monkeypatch: py
     assert "delta-norm" in finding.message
     assert "ZeroDivisionError: no weights, no norm" in finding.message
     assert bool(of("file-corrupt", findings)) == (severity is Severity.ERROR)
-
-
-# --- what need not be known exactly ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

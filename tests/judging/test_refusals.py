@@ -138,9 +138,6 @@ def kind_of(fact: Refusal | NotJudged) -> str:
     return fact.kind if isinstance(fact, Refusal) else "not_judged"
 
 
-# --- what the engine returns, and what is worded ---------------------------------------------------------------------
-
-
 def calls(tree: ast.AST, *names: str) -> Iterator[ast.Call]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in names:
@@ -256,9 +253,6 @@ def test_an_unexpected_exception_has_its_traceback() -> None:
 def test_facts_travel() -> None:
     for fact, _, _ in CASES:
         assert pickle.loads(pickle.dumps(fact)) == fact
-
-
-# --- an exception of PEFT --------------------------------------------------------------------------------------------
 
 
 def test_a_fact_that_cannot_be_worded_costs_its_own_adapter_only(wording: Wording) -> None:

@@ -103,8 +103,6 @@ def test_nothing_at_all_is_told_without_a_warning_too(wording: Wording) -> None:
         wording(finding)
 
 
-# --- a report that was read ------------------------------------------------------------------------------------------
-
 WARNED, FIRST, SECOND = finding("headroom", Severity.WARNING), finding("file-corrupt"), finding("no-effect")
 
 
@@ -126,8 +124,6 @@ def test_no_finding_decided_that_an_adapter_passes() -> None:
     read = dataclasses.replace(PASSED, findings=(WARNED,))
     assert with_decision(read) == read
 
-
-# --- whatever the settings -------------------------------------------------------------------------------------------
 
 NAMES = ("model.norm.weight", "model.layers.0.q_proj.weight", "lm_head.weight")
 counts = st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2))

@@ -59,9 +59,6 @@ def test_only_what_adapters_touch_is_read_of_a_recorded_base(is_large: bool, bas
         assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
 
 
-# --- groups ----------------------------------------------------------------------------------------------------------
-
-
 BASE = BaseSpec(model="./base", label="./base")
 
 
@@ -108,9 +105,6 @@ def test_an_entry_that_was_to_be_settled_before_is_a_bug(tmp_path: Path) -> None
     one = entry(tmp_path)
     with pytest.raises(AssertionError, match="has a verdict before it is grouped"):
         group_by_base([(0, replace(one, base=None))])
-
-
-# --- which files are on a network file system, by the kernel's own list of mounts -------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -129,9 +129,6 @@ def test_a_base_that_cannot_be_hashed_is_not_judged(place: Path, monkeypatch: py
     assert cause(place)[:2] == ("error", "not-judged")
 
 
-# --- a base on the Hub -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
     with LoopbackHub() as server:

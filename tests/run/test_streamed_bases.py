@@ -273,9 +273,6 @@ def test_cached_verdicts_on_a_streamed_base_need_its_headers(place: Place) -> No
     assert reads(place) == dict.fromkeys(SHARDS, 1)
 
 
-# --- read: touched -------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_a_later_run_reads_what_adapters_touch(place: Place) -> None:
     (_, whole), (answer, touched) = (

@@ -162,9 +162,6 @@ def test_a_library_that_is_not_there_is_part_of_the_key(monkeypatch: pytest.Monk
     assert versions.keys() == {"python", "machine"}
 
 
-# --- the key in a report ---------------------------------------------------------------------------------------------
-
-
 def test_an_error_has_no_key(tmp_path: Path) -> None:
     adapter = judged_report(entry(tmp_path))
     assert may_have_key(adapter)

@@ -42,8 +42,6 @@ def test_a_base_that_is_lost_answers_only_open_tasks(
     assert [event.task for event in answers] == [0, 1]
 
 
-# --- regular expressions ----------------------------------------------------------------------------------------------
-
 NAMES = ("model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj")
 
 

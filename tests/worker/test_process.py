@@ -22,8 +22,6 @@ from merge_gate.worker.supervisor import Attempt
 from tests.support.command import alive, environment, merge_gate, strict_json, wait_until
 from tests.support.played_worker import other_workers
 
-# --- what the child sees ---------------------------------------------------------------------------------------------
-
 
 @pytest.mark.attempt("A05a", "HF_TOKEN and the cache's key in the environment of a run", "not in the worker's")
 @pytest.mark.attempt("A05b", "GH_TOKEN and GITHUB_TOKEN in the environment of a run", "not in the worker's")
@@ -79,9 +77,6 @@ def test_a_module_in_the_checkout_is_never_imported(tmp_path: Path) -> None:
     assert answer.code == 0, answer.said
     assert not (place / "imported").exists()
     assert strict_json(place / "merge-gate-report" / "report.json")["counts"] == {"passed": 1, "failed": 0, "error": 0}
-
-
-# --- how it ended ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -173,9 +168,6 @@ def test_a_killed_child_is_told_by_the_kernels_own_count(odd_child, tmp_path, fi
     ending = odd_child("os.kill(os.getpid(), signal.SIGKILL)", _memory=memory, _kills_before=killed_before)
     assert "SIGKILL" in ending.message
     wording(ending.message)
-
-
-# --- it leaves nothing behind ----------------------------------------------------------------------------------------
 
 
 PARENT = """

@@ -102,8 +102,6 @@ def test_embeddings_may_ride_along(base, settings, rows, tmp_path, bench) -> Non
     assert "keys-unexpected" not in judgement.warned, judgement
 
 
-# --- a base with NaN in a tensor that the adapter replaces ----------------------------------------------------------
-
 EMBEDDING, HEAD, Q_BIAS = "model.embed_tokens.weight", "lm_head.weight", "model.layers.0.self_attn.q_proj.bias"
 ROW = 5
 

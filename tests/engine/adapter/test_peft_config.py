@@ -45,8 +45,6 @@ def test_a_file_with_many_unknown_keys_does_not_cost_time(tmp_path: Path) -> Non
     assert len(caught.value.refusal.fields["near"]) == 20
 
 
-# --- tensors --------------------------------------------------------------------------------------------------------
-
 TENSORS = {"a": torch.ones(2, 3), "b": torch.zeros(2)}
 
 

@@ -114,8 +114,6 @@ def test_a_stored_mask_is_stale_and_a_bias_is_not(shape, is_mask, shelf, tmp_pat
     assert accounting.stale_buffers(found) == ((name,) if is_mask else ())
 
 
-# --- tensors that the base's files lack ----------------------------------------------------------------------------
-
 Q = "model.layers.0.self_attn.q_proj"
 Config = LoraConfig | LNTuningConfig
 
@@ -175,8 +173,6 @@ def warned_of(adapter: Path, base: Path) -> list[str | None]:
     assert judgement.verdict is Verdict.PASSED, str(judgement)
     return [one.tensor for one in judgement.findings if one.check == "untrained-tensors"]
 
-
-# --- an index that leaves a shard out ------------------------------------------------------------------------------
 
 INDEX = "model.safetensors.index.json"
 

@@ -98,9 +98,6 @@ def test_a_tensor_that_was_not_finite_is_read_again(shelf: Shelf, tmp_path: Path
     assert merged(base, shelf.adapter("plain")).base.nonfinite == whole.base.nonfinite
 
 
-# --- a run ---------------------------------------------------------------------------------------------------------
-
-
 def in_one_pass(shelf: Shelf, adapter: str, **fields: Any) -> list[Event]:
     return events_of(group_of(shelf.base("llama"), shelf.adapter(adapter), one_pass=True, **fields))
 

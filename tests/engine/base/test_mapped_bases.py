@@ -107,9 +107,6 @@ def test_eight_adapters_with_four_heads_measure_the_body_once(shelf, tmp_path, m
     assert all(event.evidence.parameters_checked == event.evidence.parameters_total for event in merged)
 
 
-# --- other dtypes --------------------------------------------------------------------------------------------------
-
-
 def in_dtypes(base: Path, adapter: Path, *dtypes: str) -> tuple[Group, ...]:
     return tuple(group_of(base, adapter, dtype=dtype, first=number) for number, dtype in enumerate(dtypes))
 

@@ -105,9 +105,6 @@ def test_experts_that_are_mixed_in_the_files_are_read_in_order(tmp_path: Path, m
     assert in_order == [True, False]
 
 
-# --- the proof -----------------------------------------------------------------------------------------------------
-
-
 class Scaled(transformers.LlamaForCausalLM):  # type: ignore[misc]
     """A load of this class ends with a step that changes a weight."""
 
@@ -202,9 +199,6 @@ def test_a_base_unlike_its_class_is_refused_as_by_a_load(shelf: Shelf, tmp_path:
     assert (48, 40) in zip(clash.fields["got"], clash.fields["expected"], strict=True)
 
 
-# --- the places in the files ---------------------------------------------------------------------------------------
-
-
 def _offsets(change: Callable[[list[int]], None]) -> Callable[[dict[str, Any]], None]:
     def changed(header: dict[str, Any]) -> None:
         change(header["model.norm.weight"]["data_offsets"])
@@ -248,8 +242,6 @@ def test_a_header_longer_than_its_file_is_an_error(shelf: Shelf, tmp_path: Path)
     with pytest.raises(ValueError, match="header"):
         stored_bytes(str(directory), stored)
 
-
-# --- the map of names: each kind of conversion, and plain types, of tests/tools/tensor_maps.py ---------------------
 
 TYPES = (
     "albert", "bamba", "bart", "bert", "blip", "bloom", "clip", "cohere", "deberta-v2", "deepseek_v3", "distilbert",

@@ -63,9 +63,6 @@ def usual(dora: bool, dtype: torch.dtype = torch.bfloat16, rows: int = 2048) -> 
     return weight, dora_of(plain, weight, size=1.0, seed=0) if dora else plain
 
 
-# --- bounds --------------------------------------------------------------------------------------------------------
-
-
 @settings(max_examples=examples(100), deadline=None)
 @given(
     rows=st.integers(2, 300),
@@ -130,9 +127,6 @@ def test_no_value_of_dora_exceeds_the_bound_of_its_row(rows, columns, rank, size
     summed_by_peft = weight.float() + made.lora_b @ made.lora_a * made.scaling
     merged = (made.magnitude / torch.linalg.norm(summed_by_peft, dim=1)).view(-1, 1) * summed_by_peft
     assert bool((merged.double().abs().amax(1) <= largest).all())
-
-
-# --- extremes ------------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=examples(80), deadline=None)
@@ -212,9 +206,6 @@ def test_nothing_is_left_out_near_the_largest_value(dora, row, size) -> None:
     merge = merged_blocks(weight, made, Buffers(block_elements=1))
     assert merge.candidates() is None
     assert measure_merge(merge).maximum == whole(merge).max().item()
-
-
-# --- the blocks that are merged ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dora", "dtype"), [(False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float16)])

@@ -143,8 +143,6 @@ def test_adapters_of_one_kind_are_refused_alike(shelf: Shelf, tmp_path: Path) ->
     assert [evidence.refusal.fields["defect"] for evidence in together] == ["merged-twice"] * 2
 
 
-# --- a layer over copies: what PEFT writes to them reaches no other adapter, and nothing is left of them -----------
-
 ADAPTERS = ("every-projection", "dora-all-linear", "plain")
 
 

@@ -23,8 +23,6 @@ from tests.support.models import _noise, among_transformers
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
-# --- a bias that a head and its decoder hold -------------------------------------------------------------------------
-
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 32,
@@ -121,8 +119,6 @@ def test_a_head_that_reads_the_bias_as_well_is_another_side(model_class: Any, tm
     assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "tied-weights"), judgement
 
 
-# --- a weight of which one side is trained whole ---------------------------------------------------------------------
-
 EMBEDDING, HEAD = "embed_tokens", "lm_head"
 
 
@@ -182,8 +178,6 @@ def test_both_sides_are_measured(target: str, whole: str, tmp_path: Path, bench:
     reason = next(finding for finding in judgement.findings if finding.check == "merged-nonfinite")
     assert reason.module.endswith(target), reason
 
-
-# --- trained tokens of an embedding and a head -----------------------------------------------------------------------
 
 TOKENS, OTHERS = [3, 7], [4, 9]
 

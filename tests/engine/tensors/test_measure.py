@@ -179,9 +179,6 @@ def test_the_largest_value_of_a_dtype(dtype: torch.dtype) -> None:
     assert dtype_max(dtype) == (torch.finfo(dtype).max if dtype.is_floating_point else math.inf)
 
 
-# --- comparisons ---------------------------------------------------------------------------------------------------
-
-
 def test_bits_tell_zero_from_minus_zero_and_nan_equals_itself() -> None:
     nan = torch.tensor([math.nan, 0.0])
     assert same_bits(nan, nan.clone())

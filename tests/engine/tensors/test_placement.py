@@ -30,9 +30,6 @@ CARD = torch.device("cuda:0")
 CPU = torch.device("cpu")
 
 
-# --- the device of a layer ---
-
-
 @pytest.mark.parametrize(
     ("name", "device"),
     [
@@ -60,9 +57,6 @@ def test_a_run_on_a_cpu_keeps_no_copies() -> None:
     assert not weights.drop()
 
 
-# --- how a device computes ---
-
-
 def test_the_worker_computes_in_full_precision(bench: Bench) -> None:
     cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
     cudnn.allow_tf32 = matmul.allow_tf32 = True
@@ -86,9 +80,6 @@ def test_random_numbers_are_restored() -> None:
     assert not all(map(torch.equal, states, random_states()))
     restore_random(states)
     assert torch.equal(torch.rand(3), drawn)
-
-
-# --- errors of the run ---
 
 
 OF_A_CARD = (
