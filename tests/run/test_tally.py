@@ -1,8 +1,6 @@
 """A report that is written while a run goes on: at a bounded share of the time, and again after a disk was full."""
 
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +8,6 @@ import pytest
 from merge_gate._internal.errors import ExitCode, GateError, UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate.records.report import Report
-from merge_gate.run import tally
 from merge_gate.run.tally import PAUSE_RATIO, PROVISIONAL_FORMATS, SENT_EVERY_S, ReportWriter
 from merge_gate.run.view import View
 from tests.support.reports import EMPTY, FAIL, PASS
@@ -28,7 +25,7 @@ class Run:
         self.now, self.made, self.told = 1000.0, 0, list[str]()
         self.view = View()
         vars(self.view).update({"note": self.told.append} | view)
-        self.writer = ReportWriter(str(directory) if directory else None, self.view)
+        self.writer = ReportWriter(str(directory) if directory else None, self.view, lambda: self.now)
 
     def current(self) -> Report:
         self.made += 1
@@ -48,20 +45,8 @@ def out(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def start(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Run]:
-    """Starts a run on its clock."""
-
-    def start(directory: Path | None, **view: object) -> Run:
-        run = Run(directory, **view)
-        monkeypatch.setattr(tally, "time", SimpleNamespace(monotonic=lambda: run.now))
-        return run
-
-    return start
-
-
-@pytest.fixture
-def run(out: Path, start: Callable[..., Run]) -> Run:
-    return start(out)
+def run(out: Path) -> Run:
+    return Run(out)
 
 
 def test_a_run_has_all_files_at_its_start_and_at_its_end(run: Run, out: Path) -> None:
@@ -102,18 +87,17 @@ def test_what_the_first_report_holds_is_not_written_again(run: Run) -> None:
     assert run.made == 0
 
 
-@pytest.mark.usefixtures("cwd")
-def test_a_run_without_a_directory_makes_no_report(tmp_path: Path, start: Callable[..., Run]) -> None:
-    run = start(None)
+def test_a_run_without_a_directory_makes_no_report(cwd: Path) -> None:
+    run = Run(None)
     run.writer.write_first(EMPTY)
     assert run.judge(at_once=True) == 0
     run.writer.finish(PASS)
-    assert not [*tmp_path.iterdir()]
+    assert not [*cwd.iterdir()]
 
 
-def test_reports_that_are_sent_have_a_pause_and_are_not_written(start, tmp_path, cwd) -> None:
+def test_reports_that_are_sent_have_a_pause_and_are_not_written(cwd: Path) -> None:
     sent: list[Any] = []
-    run = start(None, report_made=sent.append)
+    run = Run(None, report_made=sent.append)
     run.writer.write_first(EMPTY)
     assert run.judge() == 1
     run.now += SENT_EVERY_S - 0.5
@@ -122,7 +106,7 @@ def test_reports_that_are_sent_have_a_pause_and_are_not_written(start, tmp_path,
     assert run.judge() == 2
     run.writer.finish(PASS)
     assert sent == [EMPTY, FAIL, FAIL, PASS]
-    assert not [*tmp_path.iterdir()]
+    assert not [*cwd.iterdir()]
 
 
 def test_what_goes_wrong_in_between_is_told_once_and_tried_again(run: Run, out: Path, wording: Wording) -> None:

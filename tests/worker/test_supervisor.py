@@ -5,6 +5,7 @@ expression that takes ten seconds of trial.
 """
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -43,7 +44,7 @@ from merge_gate.worker.protocol import (
     Task,
     Unjudged,
 )
-from merge_gate.worker.supervisor import FORWARD_SHARE, Attempt, WorkerSlot, supervise
+from merge_gate.worker.supervisor import FIRST_NOTE_S, FORWARD_SHARE, Attempt, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
 from tests.support.engine.base_headers import base_files
 from tests.support.engine.merges import RUNS
@@ -94,13 +95,6 @@ def trio(shelf: Shelf, adapters: list[AdapterFiles]) -> Group:
 def job(trio: Group) -> Job:
     """Three adapters that are merged in one pass."""
     return Job(groups=(replace(trio, one_pass=True),))
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    now = [0.0]
-    monkeypatch.setattr("merge_gate.worker.supervisor.time.monotonic", lambda: now[0])
-    return now
 
 
 def limited(group: Group, *tasks: int) -> Group:
@@ -357,9 +351,9 @@ def test_real_workers_die_as_played_ones_do(shelf: Shelf, adapters: list[Adapter
     assert "time limit" in killer.refusal(2).message
 
 
-def begun(job: Job, *events: Event) -> Attempt:
+def begun(job: Job, *events: Event, **clock: Any) -> Attempt:
     """A process that loaded the first base, and then sent these events."""
-    attempt = Attempt(job, Killer())
+    attempt = Attempt(job, Killer(), **clock)
     for event in (BaseLoading(group=0), *events):
         attempt.receive(event)
     return attempt
@@ -407,8 +401,9 @@ def test_a_process_that_always_says_and_does_the_same_has_an_end(why_not, events
     assert killer.outcomes() == {0: "Unjudged", 1: "Unjudged"}
 
 
-def test_the_time_of_the_models_does_not_count_as_the_merges(trio: Group, clock: list[float]) -> None:
-    attempt = begun(Job(groups=(limited(trio, 0),)), MergeStarted(task=0))
+def test_the_time_of_the_models_does_not_count_as_the_merges(trio: Group) -> None:
+    clock = [0.0]
+    attempt = begun(Job(groups=(limited(trio, 0),)), MergeStarted(task=0), clock=lambda: clock[0])
     for is_running, pause_s in ((True, 0.4 * TIMEOUT_S), (False, 0.9 * TIMEOUT_S)):
         attempt.receive(ForwardRunning(task=0, is_running=is_running))
         clock[0] += pause_s
@@ -417,9 +412,10 @@ def test_the_time_of_the_models_does_not_count_as_the_merges(trio: Group, clock:
     assert attempt.is_overdue()
 
 
-def test_each_model_of_a_pass_has_a_time_limit_of_its_own(job: Job, clock: list[float]) -> None:
+def test_each_model_of_a_pass_has_a_time_limit_of_its_own(job: Job) -> None:
     """They run one after another, or all together: then the first one that exceeds its limit ends all."""
-    attempt = begun(Job(groups=(limited(job.groups[0], 0, 1, 2),)), MergeStarted(task=0, others=(1, 2)))
+    clock, limited_job = [0.0], Job(groups=(limited(job.groups[0], 0, 1, 2),))
+    attempt = begun(limited_job, MergeStarted(task=0, others=(1, 2)), clock=lambda: clock[0])
     for task in (0, 1, 2):
         for is_running in (True, False):
             attempt.receive(ForwardRunning(task=task, is_running=is_running))
@@ -450,10 +446,9 @@ def test_children_that_die_at_once_are_not_started_forever(trio: Group, tmp_path
     wording(deed(killer.refusal(2)))
 
 
-def test_a_base_that_could_not_be_loaded_is_not_loading(trio: Group, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("merge_gate.worker.supervisor.FIRST_NOTE_S", 0.0)
-    killer = Killer()
-    attempt = Attempt(Job(groups=(trio,)), killer)
+def test_a_base_that_could_not_be_loaded_is_not_loading(trio: Group) -> None:
+    killer, clock = Killer(), itertools.count(step=FIRST_NOTE_S + 1)
+    attempt = Attempt(Job(groups=(trio,)), killer, clock=lambda: next(clock))
     attempt.receive(BaseLoading(group=0))
     attempt.receive(Idle())
     attempt.receive(Unjudged(task=0, refusal=NotJudged(message="m")))

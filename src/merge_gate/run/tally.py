@@ -168,8 +168,8 @@ class ReportWriter:
     again. Each report reuses the texts of adapters that the last report had.
     """
 
-    def __init__(self, directory: str | None, view: View) -> None:
-        self._directory, self._view, self._send = directory, view, view.report_made
+    def __init__(self, directory: str | None, view: View, clock: Callable[[], float] = time.monotonic) -> None:
+        self._directory, self._view, self._send, self._clock = directory, view, view.report_made, clock
         self._rendered = RenderedAdapters()
         self._has_notified = self._is_finished = self._pending = False
         self._has_waited = False
@@ -222,7 +222,7 @@ class ReportWriter:
             current: makes the report.
             at_once: write it without a pause, because the run waits anyway.
         """
-        began_s = time.monotonic()
+        began_s = self._clock()
         if not self._pending or (began_s < self._next_write_s and not at_once):
             return
         formats = FORMATS if at_once and not self._has_waited else PROVISIONAL_FORMATS
@@ -231,7 +231,7 @@ class ReportWriter:
             self._write(current(), formats)
         except GateError as error:
             self._notify_once(error)
-        ended_s = time.monotonic()
+        ended_s = self._clock()
         pause_s = PAUSE_RATIO * (ended_s - began_s) if self._directory is not None else SENT_EVERY_S
         self._next_write_s = ended_s + pause_s
 

@@ -145,8 +145,8 @@ def _parts(job: Job) -> Iterator[Job]:
 class Attempt:
     """The events of one process on a job, which say what its death costs."""
 
-    def __init__(self, job: Job, listen: Listener) -> None:
-        self.job, self._listen = job, listen
+    def __init__(self, job: Job, listen: Listener, clock: Callable[[], float] = time.monotonic) -> None:
+        self.job, self._listen, self._clock = job, listen, clock
         self._open = {task.index: (number, task) for number, group in enumerate(job.groups) for task in group.tasks}
         self._base_runs = [group.base_run for group in job.groups]
         self._directory: str | None = None  # of the base in progress
@@ -157,7 +157,7 @@ class Attempt:
 
     def _begin(self, timeout_s: float) -> None:
         self._timeout_s, self._progress = timeout_s, ""
-        self._began_s = self._last_event_s = time.monotonic()
+        self._began_s = self._last_event_s = self._clock()
         self._next_note_s = FIRST_NOTE_S
         self._running: set[int] = set()  # tasks whose models run
         self._running_since_s = 0.0
@@ -197,7 +197,7 @@ class Attempt:
                 self._progress = (
                     f" (at {event.done:,} of {counted(event.total, 'module')}, {quoted(event.module, 200, mark='')})"
                 )
-                self._last_event_s, self._next_note_s = time.monotonic(), FIRST_NOTE_S
+                self._last_event_s, self._next_note_s = self._clock(), FIRST_NOTE_S
             case protocol.ForwardRunning():
                 self._note_forward(event)
             case protocol.Merged() | protocol.Unjudged():
@@ -244,7 +244,7 @@ class Attempt:
 
     def _note_forward(self, event: protocol.ForwardRunning) -> None:
         """The time of the models does not count as the merge's."""
-        now_s = time.monotonic()
+        now_s = self._clock()
         if event.is_running:
             self._running_since_s = self._running_since_s if self._running else now_s
             self._running.add(event.task)
@@ -256,7 +256,7 @@ class Attempt:
             self._began_s += now_s - self._running_since_s
 
     def _silence(self) -> protocol.Idle:
-        silent_s = time.monotonic() - self._last_event_s
+        silent_s = self._clock() - self._last_event_s
         base = self.job.groups[self._loading].base.name if self._loading is not None else ""
         task = self._merging[0] if self._merging else None
         if (task is None and not base) or silent_s < self._next_note_s:
@@ -270,7 +270,7 @@ class Attempt:
     def is_overdue(self) -> bool:
         """Whether what the process does now exceeds its time limit. A merge and the models have limits of their own."""
         began_s = self._running_since_s if self._running else self._began_s
-        return time.monotonic() - began_s > self._timeout_of_now()
+        return self._clock() - began_s > self._timeout_of_now()
 
     # --- the end of the process --------------------------------------------------------------------------------------
 
