@@ -8,7 +8,6 @@ import pytest
 
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import WITHOUT_SETTING
-from website import build
 from website.build import (
     ROOT,
     SitePage,
@@ -74,12 +73,12 @@ def test_other_pages_follow_and_other_folders_are_errors() -> None:
         ("[a](nowhere.md)", "[a](nowhere.md)"),
     ],
 )
-def test_a_link_of_a_page_leads_to_a_page_or_a_copy(link: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_link_of_a_page_leads_to_a_page_or_a_copy(link: str, expected: str) -> None:
     """A folder has neither: with an address, its link leads to the repository."""
-    monkeypatch.setattr(build, "PROJECT_URL", "" if expected == "a" else ADDRESS)
+    address = "" if expected == "a" else ADDRESS
     files: set[Path] = set()
     page = SitePage("guides/fleets.md", GUIDE, link)
-    assert staged_text(page, {page.source: page.path for page in PAGES}, files) == expected
+    assert staged_text(page, {page.source: page.path for page in PAGES}, files, address) == expected
     assert len(files) == ("files/" in expected)
 
 

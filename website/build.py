@@ -131,12 +131,12 @@ def navigation(pages: Iterable[SitePage]) -> list[dict[str, Any]]:
     return entries
 
 
-def staged_text(page: SitePage, by_source: Mapping[Path, str], files: set[Path]) -> str:
+def staged_text(page: SitePage, by_source: Mapping[Path, str], files: set[Path], address: str = PROJECT_URL) -> str:
     """The Markdown of a page whose links lead to pages and files of the site.
 
     A link to a document becomes a link to its page, and one to the README leads to the front page. A link to another
     file of the repository leads to a copy, which `files` receives. A folder has no copy: the link leads to the
-    repository, or is only its text without a PROJECT_URL.
+    repository, or is only its text without an address.
     """
 
     def moved(match: re.Match[str]) -> str:
@@ -153,7 +153,7 @@ def staged_text(page: SitePage, by_source: Mapping[Path, str], files: set[Path])
             goal = by_source[path]
         elif path.is_dir():
             text = match["text"][1:-1]
-            return f"[{text}]({PROJECT_URL}/tree/main/{path.relative_to(ROOT)})" if PROJECT_URL else text
+            return f"[{text}]({address}/tree/main/{path.relative_to(ROOT)})" if address else text
         else:
             files.add(path)
             goal = path.relative_to(DOCS).as_posix() if path.is_relative_to(DOCS) else _copy_of(path)

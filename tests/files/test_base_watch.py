@@ -160,9 +160,8 @@ def test_a_digest_of_files_that_changed_is_not_remembered(base: str) -> None:
     assert watch.content(base) is None
 
 
-def test_a_base_whose_mount_gives_no_more_bytes_has_no_digest(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_watch, "SILENCE_TIMEOUT_S", 0.05)
-    never, watch = threading.Event(), BaseWatch()
+def test_a_base_whose_mount_gives_no_more_bytes_has_no_digest(base: str) -> None:
+    never, watch = threading.Event(), BaseWatch(silence_timeout_s=0.05)
     watch.remembered = Memory(lambda: never.wait() and None)
     watch.start(base)
     watch.wait()
@@ -179,8 +178,7 @@ def test_slow_bytes_are_waited_for(base: str, monkeypatch: pytest.MonkeyPatch) -
         return ZEROS
 
     monkeypatch.setattr(base_watch.resolve, "digest_files", hash_slowly)
-    monkeypatch.setattr(base_watch, "SILENCE_TIMEOUT_S", 0.5)
-    assert hashed(base).digest(base) == digest_of_digests(ZEROS)
+    assert hashed(base, BaseWatch(silence_timeout_s=0.5)).digest(base) == digest_of_digests(ZEROS)
 
 
 TASKS = (7, 8)

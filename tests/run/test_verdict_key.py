@@ -154,9 +154,8 @@ def test_another_version_or_another_code_is_another_key() -> None:
     assert len({of(), *map(key_of, others)}) == 3
 
 
-def test_a_library_that_is_not_there_is_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(key, "LIBRARIES", ("PyYAML", "a-package-of-nobody"))
-    versions = key.libraries.__wrapped__()
+def test_a_library_that_is_not_there_is_part_of_the_key() -> None:
+    versions = key.libraries.__wrapped__(("PyYAML", "a-package-of-nobody"))
     assert versions.pop("PyYAML")
     assert versions.pop("a-package-of-nobody", "absent") is None
     assert versions.keys() == {"python", "machine"}

@@ -67,10 +67,9 @@ def test_what_is_no_expression_is_refused_by_its_name(expression: str) -> None:
     assert refusal.fields["problem"]
 
 
-def test_one_without_end_is_refused_after_its_computing_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_bases, "TRIAL_TIMEOUT_S", 0.2)
+def test_one_without_end_is_refused_after_its_computing_time() -> None:
     with pytest.raises(Refused) as raised:
-        group_bases.try_patterns([pattern("q_proj"), pattern("(([a-z0-9_.])+)+!")], NAMES)
+        group_bases.try_patterns([pattern("q_proj"), pattern("(([a-z0-9_.])+)+!")], NAMES, timeout_s=0.2)
     endless = Refused("pattern_refused", pattern=pattern("(([a-z0-9_.])+)+!"), names=2, seconds=0.2)
     assert raised.value.refusal == endless.refusal
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)

@@ -61,8 +61,8 @@ class BaseWatch:
     For a plan, no base is hashed: only the digests that earlier runs computed are known, which are `remembered`.
     """
 
-    def __init__(self, *, is_plan: bool = False) -> None:
-        self._is_plan = is_plan
+    def __init__(self, *, is_plan: bool = False, silence_timeout_s: float = SILENCE_TIMEOUT_S) -> None:
+        self._is_plan, self._silence_timeout_s = is_plan, silence_timeout_s
         self.remembered: RememberedDigests | None = None  # set by the feature that remembers them
         self._threads: dict[str, threading.Thread] = {}
         self._heard_s: dict[str, float] = {}  # when a thread asked for the next bytes
@@ -133,7 +133,7 @@ class BaseWatch:
     def wait(self) -> None:
         """Wait until every base that was started is hashed. One whose mount gives no more bytes has no digest."""
         for directory, thread in self._threads.items():
-            while thread.is_alive() and time.monotonic() - self._heard_s[directory] < SILENCE_TIMEOUT_S:
+            while thread.is_alive() and time.monotonic() - self._heard_s[directory] < self._silence_timeout_s:
                 thread.join(_ASKED_EVERY_S)
 
     @property

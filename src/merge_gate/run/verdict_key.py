@@ -118,10 +118,10 @@ def _plain(value: Any) -> Json:
 
 
 @cache
-def libraries() -> dict[str, str | None]:
+def libraries(names: tuple[str, ...] = LIBRARIES) -> dict[str, str | None]:
     """The versions that decide a verdict, with Python's and the kind of processor."""
-    versions: dict[str, str | None] = dict.fromkeys(LIBRARIES)
-    for name in LIBRARIES:
+    versions: dict[str, str | None] = dict.fromkeys(names)
+    for name in names:
         with suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions | {"python": platform.python_version(), "machine": platform.machine()}

@@ -394,27 +394,27 @@ class _TimeOverError(Exception):
     """The CPU time is used up."""
 
 
-def try_patterns(patterns: Sequence[Pattern], names: Sequence[str]) -> None:
+def try_patterns(patterns: Sequence[Pattern], names: Sequence[str], timeout_s: float = TRIAL_TIMEOUT_S) -> None:
     """Match every expression of a config against every name of a base's modules, before PEFT does without a limit.
 
     It must run in the main thread: the limit is a signal, which interrupts Python's matcher.
 
     Raises:
-        Refused: an expression is invalid, or matching takes longer than `TRIAL_TIMEOUT_S`.
+        Refused: an expression is invalid, or matching takes longer than `timeout_s`.
     """
     current = None
     try:
-        with _limited(TRIAL_TIMEOUT_S):
+        with _limited(timeout_s):
             for current in patterns:
                 expression = re.compile(current.expression)
                 for name in names:
                     expression.match(name)
                     expression.fullmatch(name)
     except _TimeOverError:
-        raise Refused("pattern_refused", pattern=current, names=len(names), seconds=TRIAL_TIMEOUT_S) from None
+        raise Refused("pattern_refused", pattern=current, names=len(names), seconds=timeout_s) from None
     except (re.error, OverflowError, RecursionError) as error:
         raise Refused(
-            "pattern_refused", pattern=current, names=len(names), seconds=TRIAL_TIMEOUT_S, problem=str(error)
+            "pattern_refused", pattern=current, names=len(names), seconds=timeout_s, problem=str(error)
         ) from None
 
 
