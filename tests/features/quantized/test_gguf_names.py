@@ -12,7 +12,16 @@ import gguf
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2MoeConfig, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    MixtralConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.features.quantized.gguf_release import GgufRelease
@@ -62,7 +71,8 @@ def tensors_of(model: Any, architecture: str) -> Tensors:
             made[f"{block}.ffn_gate_exps.weight"], made[f"{block}.ffn_up_exps.weight"] = values.chunk(2, 1)
         else:
             last = name.removeprefix(stem) or ".weight"
-            used = values[0] if "shared_expert_gate" in name else values
+            is_transposed = architecture == "gpt2" and ".h." in name and values.dim() > 1
+            used = values[0] if "shared_expert_gate" in name else values.T if is_transposed else values
             made[names.get_name(stem) + last] = converted(name, used, model.config) if architecture == "llama" else used
     return {name: (values.contiguous(), Type.F32) for name, values in made.items()}
 
@@ -94,6 +104,19 @@ def test_experts_have_the_values_of_the_model(kind: str, opened: Open) -> None:
         assert torch.equal(release.read(name).view(values.shape), values), name
 
 
+@pytest.mark.parametrize("kind", [*EXPERTS, "gpt2"])
+@pytest.mark.parametrize("type_", [Type.Q8_0, Type.Q4_0])
+def test_values_are_quantized_again_as_the_release_is(kind: str, type_: Type, opened: Open) -> None:
+    architecture, config = EXPERTS.get(kind, ("gpt2", GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=4)))
+    model = model_of(config)
+    tensors = {name: (values, type_) for name, (values, _) in tensors_of(model, architecture).items()}
+    release = opened(model, architecture, tensors, {"block_count": config.num_hidden_layers})
+    for name, values in model.state_dict().items():
+        assert release.read(name).shape == values.shape or "expert_gate" in name
+        again = release.requantized(name, values)
+        assert again is None if values.dim() < 2 or "expert_gate" in name else torch.equal(again, release.read(name))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -109,6 +132,25 @@ def test_experts_that_cannot_be_joined_are_refused(change: Callable[[Tensors], A
     change(tensors)
     with pytest.raises(EngineError, match=words):
         opened(model, "llama", tensors)
+
+
+def test_the_text_model_of_a_multimodal_base_is_read(opened: Open) -> None:
+    """Its layers for images have the names of layers of a text model."""
+    vision = SIZES | {"image_size": 28, "patch_size": 14, "num_hidden_layers": 3}
+    vision |= {"hidden_size": 32, "model_type": "clip_vision_model"}
+    config = LlavaConfig(text_config=LlamaConfig(**SIZES), vision_config=vision)
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    text = {name.replace("model.language_model.", "model."): values for name, values in model.state_dict().items()
+            if "language_model" in name or "lm_head" in name}  # fmt: skip
+    alone = model_of(config.text_config)
+    alone.load_state_dict(text)
+    release = opened(model, "llama", tensors_of(alone, "llama"), keys_of(config.text_config))
+    assert (release.added, release.settings) == ((), ())
+    for name, values in model.state_dict().items():
+        is_text = "language_model" in name or "lm_head" in name
+        assert (name in release, release.expects(name)) == (is_text, is_text)
+        assert not is_text or torch.equal(release.read(name), values)
 
 
 def test_a_file_of_another_architecture_is_refused(opened: Open) -> None:

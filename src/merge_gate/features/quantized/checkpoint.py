@@ -34,7 +34,10 @@ UNREAD = {"input_scale", "input_scale_ub", "input_zero_point", "activation_scale
 """Parts that the values of a weight do not need: scales of activations, and frequencies, which are computed."""
 
 _SCALES = ("scales", "weight_scale", "weight_scale_inv", "SCB", "weight.absmax")
-_HINT = "verify a GGUF, AWQ (gemm), bitsandbytes, compressed-tensors, FP8, GPTQ, or MLX (affine) release of this merge"
+_HINT = (
+    "quantize the merge again, or verify a GGUF, AWQ (gemm), bitsandbytes, compressed-tensors, FP8, GPTQ, or MLX "
+    "(affine) release of it"
+)
 
 
 def open_checkpoint(
@@ -185,7 +188,7 @@ class Checkpoint:
             try:
                 self._latest = name, self._layouts[name].read(self._weight(name), parts)
             except LayoutError as error:
-                raise EngineError(f"the release cannot be read: its {shown(name)} {error}") from error
+                raise EngineError(f"the release cannot be read: its {shown(name)} {error}", hint=_HINT) from error
         return self._latest[1]
 
     def _oriented(self, values: torch.Tensor, name: str) -> torch.Tensor:

@@ -66,7 +66,10 @@ def _opened_file(finished: Snapshot, loaded: GroupBase, pinned: contextlib.ExitS
     try:
         file = pinned.enter_context(open_regular_file(Path(finished.directory), follow=True))
     except OSError as error:
-        raise EngineError(f"{quoted(finished.name, 200)} cannot be read: {error.strerror or error}") from error
+        raise EngineError(
+            f"{quoted(finished.name, 200)} cannot be read: {error.strerror or error}",
+            hint="check that the user who runs merge-gate may read it",
+        ) from error
     return GgufRelease(file, loaded.base.model)
 
 
@@ -75,7 +78,10 @@ def _opened_directory(
 ) -> Release:
     group, mapping = loaded.group, bases.account(loaded).map
     if mapping is None or finished.base_files is None:
-        raise EngineError(f"the tensors of base {group.base.name} have no known names, so no release is compared")
+        raise EngineError(
+            f"the tensors of base {group.base.name} have no known names, so no release is compared",
+            hint="save the base in safetensors, or verify the merged model before it is quantized",
+        )
     directory = pinned.enter_context(pinned_directory(finished.directory))
     feed = pinned.enter_context(LocalFeed(directory, keep=False))
     files = Files(directory=directory, stored=finished.base_files.tensors, feed=feed)

@@ -70,16 +70,17 @@ def named(header: GgufHeader, model: Any) -> GgufNames:
     architecture = _architecture(header, config)
     processor = of_transformers.TENSOR_PROCESSORS.get(architecture, of_transformers.TensorProcessor)(config.to_dict())
     try:
-        names = of_transformers.get_gguf_hf_weights_map(model, processor, architecture, config.num_hidden_layers)
+        own = _TextModel(model, config)
+        names = of_transformers.get_gguf_hf_weights_map(own, processor, architecture, config.num_hidden_layers)
     except (NotImplementedError, AttributeError) as error:
         raise EngineError(
             f"transformers cannot name the tensors of the GGUF file: {str(error)[:200]}",
             hint="verify the merged model before it is converted",
         ) from error
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
-    for name in own.keys() - names.values():
+    for name in own.tensors.keys() - names.values():
         if match := _FUSED.fullmatch(name):
             names |= {f"blk.{match[1]}.ffn_{part}_exps": name for part in _PARTS_OF_EXPERTS}
+    names = {stored: own.names.get(name, name) for stored, name in names.items()}
     tensors: dict[str, list[GgufTensor]] = defaultdict(list)
     added = dict(header.tensors)
     rope = {name: added.pop(name) for name in _ROPE if name in added and math.prod(added[name].shape) <= _MOST_FACTORS}
@@ -87,8 +88,9 @@ def named(header: GgufHeader, model: Any) -> GgufNames:
         name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
         if name is not None:
             tensors[name].append(added.pop(tensor.name))
-    has_name = {id(own[name]) for name in names.values()}
-    nameless = [name for name in model.state_dict() if id(own[name]) not in has_name]
+    tensors_of_model = {own.names.get(name, name): tensor for name, tensor in own.tensors.items()}
+    has_name = {id(tensors_of_model[name]) for name in names.values()}
+    nameless = [name for name, tensor in tensors_of_model.items() if id(tensor) not in has_name]
     if added and (nameless or any(map(_SINGLE_EXPERT.fullmatch, added))):
         what = f", and no names for {_listed(nameless)} of the base" if nameless else ", which store one expert each"
         raise EngineError(
@@ -96,6 +98,29 @@ def named(header: GgufHeader, model: Any) -> GgufNames:
             hint="convert the merge with a current llama.cpp, or verify the merged model before it is converted",
         )
     return GgufNames(processor, names, {name: _joined(name, parts) for name, parts in tensors.items()}, (*added,), rope)
+
+
+class _TextModel:
+    """The text model in a model, without the parts for images and sounds, whose layers would have the same names.
+
+    `tensors` are by the names in a model of text alone, and `names` has those of the whole model, if they differ.
+    """
+
+    def __init__(self, model: Any, config: Any) -> None:
+        own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+        self.tensors, self.names = {name: own[name] for name in model.state_dict() if name in own}, dict[str, str]()
+        self.named_children = model.named_children
+        if config.model_type != model.config.model_type:
+            decoder, head = model.get_decoder(), model.get_output_embeddings()
+            parts = {f"{name}.": "model." for name, module in model.named_modules() if module is decoder}
+            parts |= {f"{name}.": "lm_head." for name, module in model.named_modules() if module is head}
+            self.names = {f"{new}{name.removeprefix(old)}": name for name in own for old, new in parts.items()
+                          if name.startswith(old)}  # fmt: skip
+            self.tensors = {text: own[name] for text, name in self.names.items()}
+            self.named_children = dict[str, Any]().items
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return self.tensors
 
 
 def _listed(names: Sequence[str]) -> str:

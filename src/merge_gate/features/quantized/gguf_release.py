@@ -88,14 +88,17 @@ class GgufRelease:
         """The values of a tensor as the file has them, in float32."""
         rows = math.prod(tensor.shape[:-1])
         row_bytes, kind = tensor.size_bytes // rows, self._types[tensor.type]
-        values, step = torch.empty(rows, tensor.shape[-1]), max(1, BLOCK // tensor.shape[-1])
-        for start in range(0, rows, step):
-            packed = torch.empty(min(step, rows - start), row_bytes, dtype=torch.uint8)
+        values = torch.empty(rows, tensor.shape[-1])
+        for start, block in _blocks(values):
+            packed = torch.empty(len(block), row_bytes, dtype=torch.uint8)
             place = tensor.start + start * row_bytes
             if os.preadv(self._file.fileno(), [packed.numpy().data.cast("B")], place) != packed.numel():
-                raise SourceError(f"the GGUF file ends within its tensor {quoted(tensor.name, 120)}")
-            block = torch.as_tensor(self._gguf.quants.dequantize(packed.numpy(), kind))
-            values[start : start + len(packed)] = block.view(len(packed), -1)
+                raise SourceError(
+                    f"the GGUF file ends within its tensor {quoted(tensor.name, 120)}: from byte {place:,} on, "
+                    f"{packed.numel():,} bytes are expected",
+                    hint="write or download it again, and verify it when it is complete",
+                )
+            block.copy_(torch.as_tensor(self._gguf.quants.dequantize(packed.numpy(), kind)).view(block.shape))
         return values.reshape(tensor.shape)
 
     def _differing_rope(self, config: Any) -> Iterator[Setting]:
@@ -107,18 +110,38 @@ class GgufRelease:
                 yield setting
 
     def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        """As the release's type. Rows that were exchanged have the same blocks, and a transposed tensor has others."""
-        tensors, kind = self._tensors[name], self.kind(name)
-        if len(tensors) > 1 or not kind or isinstance(self._names.processor, of_transformers.GPT2TensorProcessor):
+        """As the release's type. Rows that were exchanged have the same blocks."""
+        parts, processor = self._tensors[name], self._names.processor
+        if not self.kind(name):
             return None
-        if kind in _SIMILAR:
-            return _rounded(values, *_SIMILAR[kind])
-        type_ = self._types[tensors[0].type]
         try:
-            made = self._gguf.quants.dequantize(self._gguf.quants.quantize(values.numpy(), type_), type_)
+            if len(parts) > 1:
+                halves = zip(parts, values.chunk(2, 1), strict=True)
+                return torch.cat([self._again(tensor, own) for tensor, own in halves], 1)
+            if isinstance(processor, of_transformers.GPT2TensorProcessor) and parts[0].name.startswith("blk."):
+                return self._again(parts[0], values.mT.contiguous()).mT.contiguous()
+            return self._again(parts[0], values)
         except NotImplementedError:
             return None
-        return torch.from_numpy(made.copy())
+
+    def _again(self, tensor: GgufTensor, values: torch.Tensor) -> torch.Tensor:
+        """Values, quantized and dequantized in blocks of rows."""
+        type_, quants = self._types[tensor.type], self._gguf.quants
+        rows = values.reshape(-1, values.shape[-1])
+        made = torch.empty_like(rows)
+        for start, block in _blocks(rows):
+            if type_.name in _SIMILAR:
+                made[start : start + len(block)] = _rounded(block, *_SIMILAR[type_.name])
+            else:
+                again = quants.dequantize(quants.quantize(block.numpy(), type_), type_)
+                made[start : start + len(block)] = torch.from_numpy(again)
+        return made.view(values.shape)
+
+
+def _blocks(rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Blocks of rows, and where they begin."""
+    step = max(1, BLOCK // rows.shape[-1])
+    return ((start, rows[start : start + step]) for start in range(0, len(rows), step))
 
 
 def _rounded(values: torch.Tensor, block: int, steps: int, is_symmetric: bool) -> torch.Tensor:
