@@ -109,23 +109,15 @@ def of_other_releases() -> tuple[Row, ...]:
         row("bone", "not-mergeable", "MiSS", "convert-bone-to-miss.py", source="0.15.2/bone", base=llama,
             origin=config),
         row("old-oft", "not-mergeable", "OFT", "0.14.0", source="0.9.0/oft", base=llama, origin=config),
-        row("biases-lost", "keys-missing", source="0.20.0/lora-bias-only", base=llama, origin=Origin.ADAPTER),
         row("biases-renamed", "keys-missing", "rename", source="0.3.0/lora-bias-all", base=llama),
         row("lokr", "meaning-changed", "0.13", "0.14", source="0.6.2/lokr", base=llama, verdict=Verdict.PASSED),
         row("newer", "not-judged", "frobnicate=3", "0.99.0", verdict=Verdict.ERROR, break_=newer),
         row("unknown-key", "config-invalid", "frobnicate=3", origin=config, break_=configure(frobnicate=3)),
         row("unknown-type", "not-judged", "'NEWLORA'", "peft_type", verdict=Verdict.ERROR,
             break_=configure(peft_type="NEWLORA")),
-        row("small-letters", "not-judged", "'LORA'", verdict=Verdict.ERROR, break_=configure(peft_type="lora")),
         row("copies-differ", "keys-unexpected", "lm_head.modules_to_save.weight", "twice", source="modules-to-save",
             break_=save_twice(0.5)),
     )  # fmt: skip
-
-
-def of_machines_without_a_gpu() -> tuple[Row, ...]:
-    loftq = configure(init_lora_weights="loftq", loftq_config={"loftq_bits": 4, "loftq_iter": 1})
-    one = row("loftq", "not-judged", "'loftq'", "init_lora_weights", verdict=Verdict.ERROR, break_=loftq)
-    return () if torch.cuda.is_available() else (one,)
 
 
 def adapter_and_base() -> tuple[Row, ...]:
@@ -170,7 +162,7 @@ def adapter_and_base() -> tuple[Row, ...]:
     )  # fmt: skip
 
 
-ROWS = (*other_formats(), *of_other_releases(), *of_machines_without_a_gpu(), *adapter_and_base())
+ROWS = (*other_formats(), *of_other_releases(), *adapter_and_base())
 
 
 def lay_out(row: Row, shelf: Shelf, directory: Path) -> None:
