@@ -316,19 +316,18 @@ def test_a_file_that_was_passed_open_can_be_written_to_only(tmp_path: Path) -> N
     assert [(path.name, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()] == [("model", b"\0\0\0x")]
 
 
-def test_a_cards_driver_may_write_where_it_has_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cards_driver_may_write_where_it_has_to(tmp_path: Path) -> None:
     shared = Path("/dev/shm") / f"{tmp_path.name}-{os.getpid()}"
 
-    def try_to_write() -> None:
-        confine(tmp_path)
+    def try_to_write(*devices: str) -> None:
+        confine(tmp_path, devices)
         Path("/dev/zero").write_text("x")
         shared.write_text("x")
         shared.unlink()
 
     with pytest.raises(PermissionError):
         in_a_thread(try_to_write)
-    monkeypatch.setattr(sandbox, "DEVICES", ("zero",))
-    in_a_thread(try_to_write)
+    in_a_thread(lambda: try_to_write("zero"))
 
 
 def test_capabilities_that_cannot_be_read_are_still_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def caches(directory: str) -> dict[str, str]:
     return {"TMPDIR": directory, **{name: str(Path(directory, below)) for name, below in CACHES.items()}}
 
 
-def confine(directory: Path) -> Sandbox:
+def confine(directory: Path, devices: Iterable[str] = DEVICES) -> Sandbox:
     """Give up, permanently, everything that merging does not need."""
     if os.environ.get(SWITCH) == "off":
         return Sandbox(missing=(f"everything: {SWITCH} is off",))
@@ -63,7 +63,7 @@ def confine(directory: Path) -> Sandbox:
     _libc().prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _drop_capabilities()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    sandbox = _try(sandbox, ("files",), lambda: restrict_writes(_writable(directory)), "Landlock")
+    sandbox = _try(sandbox, ("files",), lambda: restrict_writes(_writable(directory, devices)), "Landlock")
     return _try(sandbox, ("network", "processes"), refuse_calls, "seccomp")
 
 
@@ -94,10 +94,10 @@ def _try(sandbox: Sandbox, parts: tuple[str, ...], restrict: Callable[[], None],
     return replace(sandbox, held=(*sandbox.held, *parts))
 
 
-def _writable(directory: Path) -> Iterable[Path]:
+def _writable(directory: Path, patterns: Iterable[str]) -> Iterable[Path]:
     yield directory
     yield Path(os.devnull)
-    devices = [path for pattern in DEVICES for path in Path("/dev").glob(pattern)]
+    devices = [path for pattern in patterns for path in Path("/dev").glob(pattern)]
     if devices:  # CUDA creates files in /dev/shm, and writes thread names to /proc/self
         yield from (path for path in (*devices, Path("/dev/shm"), Path("/proc/self")) if path.exists())  # noqa: S108
 
