@@ -20,6 +20,7 @@ from tests.support.models import (
     Tensors,
     read_config,
     read_tensors,
+    rewrite,
     to_pickle,
     write_config,
     write_tensors,
@@ -38,7 +39,7 @@ class Case:
 
     name: str
     variant: str = "plain"
-    break_: Callable[[Path], None] | None = None
+    break_: Callable[[Path], object] | None = None
     base: str | None = None
     dtype: str = "auto"
     verdict: str = "failed"
@@ -56,12 +57,10 @@ class Case:
 def edit(change: Callable[[Tensors], Tensors | None]) -> Callable[[Path], None]:
     """Rewrites the weights; `change` edits the tensors in place or returns new ones."""
 
-    def apply(directory: Path) -> None:
-        tensors = read_tensors(directory)
-        changed = change(tensors)
-        write_tensors(directory, tensors if changed is None else changed)
+    def changed(tensors: Tensors) -> Tensors:
+        return tensors if (made := change(tensors)) is None else made
 
-    return apply
+    return rewrite(changed)
 
 
 def configure(**changes: Any) -> Callable[[Path], None]:
@@ -74,12 +73,8 @@ def configure(**changes: Any) -> Callable[[Path], None]:
     return apply
 
 
-def both(*steps: Callable[[Path], None]) -> Callable[[Path], None]:
-    def apply(directory: Path) -> None:
-        for step in steps:
-            step(directory)
-
-    return apply
+def both(*steps: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda directory: [step(directory) for step in steps]
 
 
 def one_key(tensors: Tensors, part: str) -> str:
@@ -112,11 +107,7 @@ def halve(part: str) -> Callable[[Tensors], Tensors]:
 
 def blow_up(part: str, factor: float) -> Callable[[Path], None]:
     """Multiplies one tensor: still finite, but the merge is not in every dtype."""
-
-    def change(tensors: Tensors) -> None:
-        tensors[one_key(tensors, part)].mul_(factor)
-
-    return edit(change)
+    return edit(lambda tensors: tensors | {(name := one_key(tensors, part)): tensors[name] * factor})
 
 
 def shrink(part: str, factor: float) -> Callable[[Path], None]:

@@ -39,6 +39,11 @@ def write_tensors(directory: Path, tensors: Tensors, name: str = ADAPTER_WEIGHTS
     save_file({key: value.contiguous() for key, value in tensors.items()}, directory / name, {"format": "pt"})
 
 
+def rewrite(change: Callable[[Tensors], Tensors]) -> Callable[[Path], None]:
+    """The weights of a directory become what `change` makes of them."""
+    return lambda directory: write_tensors(directory, change(read_tensors(directory)))
+
+
 def read_config(directory: Path) -> dict[str, Any]:
     return json.loads((directory / ADAPTER_CONFIG).read_text())
 
@@ -293,11 +298,8 @@ class Variant:
             self.after(out_dir)
 
 
-def _cast_file(dtype: torch.dtype) -> Callable[[Path], None]:
-    def cast(directory: Path) -> None:
-        write_tensors(directory, {name: tensor.to(dtype) for name, tensor in read_tensors(directory).items()})
-
-    return cast
+def cast_file(dtype: torch.dtype) -> Callable[[Path], None]:
+    return rewrite(lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
 
 
 def to_pickle(directory: Path) -> None:
@@ -305,16 +307,14 @@ def to_pickle(directory: Path) -> None:
     (directory / ADAPTER_WEIGHTS).unlink()
 
 
-def _lopsided(directory: Path) -> None:
+def _lopsided(tensors: Tensors) -> Tensors:
     """A * 3e6 and B / 3e6: the same delta, by factors that float16 cannot hold."""
-    factor = {"lora_A": 3e6, "lora_B": 1 / 3e6}
-    tensors = read_tensors(directory)
-    write_tensors(directory, {name: value * factor[name.split(".")[-2]] for name, value in tensors.items()})
+    return {name: value * (3e6 if "lora_A" in name else 1 / 3e6) for name, value in tensors.items()}
 
 
-def _name_in_keys(directory: Path) -> None:
-    tensors = read_tensors(directory)
-    write_tensors(directory, {name.replace(".weight", ".default.weight"): value for name, value in tensors.items()})
+def name_in_keys(tensors: Tensors) -> Tensors:
+    """torch.save(model.state_dict()): the adapter's name in the names."""
+    return {name.replace(".weight", ".default.weight"): value for name, value in tensors.items()}
 
 
 def _old_config(directory: Path) -> None:
@@ -384,10 +384,10 @@ VARIANTS: dict[str, Variant] = {
     "resized-tied-tokens": Variant({"trainable_token_indices": [3, 65, 69]}, base="llama-tied", save={"rows": 70}),
     "both-biases": Variant({"lora_bias": True, "bias": "lora_only"}),
     "dropout": Variant({"lora_dropout": 0.1}),
-    "bfloat16-file": Variant(after=_cast_file(torch.bfloat16)),
-    "float16-file": Variant(after=_cast_file(torch.float16)),
-    "lopsided": Variant(after=_lopsided),
-    "name-in-keys": Variant(after=_name_in_keys),
+    "bfloat16-file": Variant(after=cast_file(torch.bfloat16)),
+    "float16-file": Variant(after=cast_file(torch.float16)),
+    "lopsided": Variant(after=rewrite(_lopsided)),
+    "name-in-keys": Variant(after=rewrite(name_in_keys)),
     "old-config": Variant(after=_old_config),
     "pickled": Variant(after=to_pickle),
     "sharded-base": Variant(base="llama-sharded"),

@@ -24,18 +24,23 @@ from tests.support.models import (
     ADAPTER_WEIGHTS,
     Shelf,
     _noise,
+    cast_file,
     load_for_training,
     make_adapter,
+    name_in_keys,
     read_config,
     read_tensors,
+    rewrite,
     save_adapter,
     to_pickle,
-    write_tensors,
 )
 
 SCORE = {"task_type": "SEQ_CLS", "target_modules": ["q_proj", "v_proj"]}
 VANISHED = "/mnt/nvme0/users/kim/runs/llama-tuned"
 WINDOWS = r"D:\models\acme\llama"
+
+
+Make = Callable[[Shelf, Path], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +53,7 @@ class Shipped:
     """
 
     name: str
-    make: Callable[[Shelf, Path], None]
+    make: Make
     path: str = "."
     base: str | None = "llama"
     cause: str | None = None
@@ -74,34 +79,21 @@ def merge_plainly(row: Shipped, shelf: Shelf, directory: Path) -> dict[str, Tens
 # --- what lies beside ----------------------------------------------------------------------------------------------
 
 
-def lora(**settings: Any) -> Callable[[Shelf, Path], None]:
+def lora(**settings: Any) -> Make:
     """A LoRA of the llama, as `save_pretrained` writes it."""
     return lambda shelf, out: make_adapter(shelf.base("llama"), out, **settings)
 
 
-def then(make: Callable[[Shelf, Path], None], *steps: Callable[[Path], None]) -> Callable[[Shelf, Path], None]:
-    def made(shelf: Shelf, out: Path) -> None:
-        make(shelf, out)
-        for step in steps:
-            step(out)
-
-    return made
+def then(make: Make, *steps: Callable[[Path], object]) -> Make:
+    return lambda shelf, out: (make(shelf, out), *(step(out) for step in steps))
 
 
-def below(folder: str, make: Callable[[Shelf, Path], None]) -> Callable[[Shelf, Path], None]:
-    def made(shelf: Shelf, out: Path) -> None:
-        (out / folder).parent.mkdir(parents=True, exist_ok=True)
-        make(shelf, out / folder)
-
-    return made
+def below(folder: str, make: Make) -> Make:
+    return lambda shelf, out: ((out / folder).parent.mkdir(parents=True, exist_ok=True), make(shelf, out / folder))
 
 
-def all_of(*makes: Callable[[Shelf, Path], None]) -> Callable[[Shelf, Path], None]:
-    def made(shelf: Shelf, out: Path) -> None:
-        for make in makes:
-            make(shelf, out)
-
-    return made
+def all_of(*makes: Make) -> Make:
+    return lambda shelf, out: [make(shelf, out) for make in makes]
 
 
 def trainer_state(directory: Path) -> None:
@@ -127,7 +119,7 @@ def beside(files: Mapping[str, object]) -> Callable[[Path], None]:
     return write
 
 
-def only(files: Mapping[str, object]) -> Callable[[Shelf, Path], None]:
+def only(files: Mapping[str, object]) -> Make:
     return lambda _shelf, out: beside(files)(out)
 
 
@@ -181,20 +173,8 @@ def also_pickled(directory: Path) -> None:
     torch.save({name: tensor * 2 for name, tensor in read_tensors(directory).items()}, directory / "adapter_model.bin")
 
 
-def with_adapter_name(directory: Path) -> None:
-    """torch.save(model.state_dict()): the adapter's name in the names."""
-    tensors = {
-        name.replace(".lora_A.", ".lora_A.default.").replace(".lora_B.", ".lora_B.default."): tensor
-        for name, tensor in read_tensors(directory).items()
-    }
-    write_tensors(directory, tensors)
-
-
 def prefixed(prefix: str) -> Callable[[Path], None]:
-    def rename(directory: Path) -> None:
-        write_tensors(directory, {prefix + name: tensor for name, tensor in read_tensors(directory).items()})
-
-    return rename
+    return rewrite(lambda tensors: {prefix + name: tensor for name, tensor in tensors.items()})
 
 
 def linked_as_in_the_cache(directory: Path) -> None:
@@ -243,7 +223,7 @@ def pissa_converted(shelf: Shelf, out: Path) -> None:
     shutil.rmtree(first)
 
 
-def two_names(first: str, second: str) -> Callable[[Shelf, Path], None]:
+def two_names(first: str, second: str) -> Make:
     """Two adapters on one model; save_pretrained gives each but `default` a folder."""
 
     def make(shelf: Shelf, out: Path) -> None:
@@ -277,7 +257,7 @@ def adalora(shelf: Shelf, out: Path) -> None:
     model.save_pretrained(out)
 
 
-def classifier(**settings: Any) -> Callable[[Shelf, Path], None]:
+def classifier(**settings: Any) -> Make:
     def make(shelf: Shelf, out: Path) -> None:
         config = LoraConfig(r=4, lora_alpha=8, **(SCORE | settings))
         save_adapter(shelf.base("llama"), out, config, num_labels=settings.pop("labels", 1))
@@ -312,10 +292,6 @@ def with_comma(directory: Path) -> None:
 
 def renamed_to(name: str) -> Callable[[Path], None]:
     return lambda directory: (directory / ADAPTER_WEIGHTS).rename(directory / name) and None
-
-
-def in_half(directory: Path) -> None:
-    write_tensors(directory, {name: tensor.half() for name, tensor in read_tensors(directory).items()})
 
 
 def loftq(shelf: Shelf, out: Path) -> None:
@@ -372,9 +348,9 @@ def passing() -> tuple[Shipped, ...]:
         Shipped(name="dora-bias-all", make=lora(use_dora=True, bias="all")),
         Shipped(name="adalora", make=adalora),
         Shipped(name="default-targets", make=then(lora(), configure(target_modules=None))),
-        Shipped(name="name-in-names", make=then(lora(), with_adapter_name)),
+        Shipped(name="name-in-names", make=then(lora(), rewrite(name_in_keys))),
         Shipped(name="saved-tied", make=saved_tied, base="llama-tied"),
-        Shipped(name="half", make=then(lora(), in_half)),
+        Shipped(name="half", make=then(lora(), cast_file(torch.float16))),
     )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from tests.support.models import (
     read_tensors,
     write_config,
 )
-from tests.support.verify.file_changes import Change, added, edited, removed
+from tests.support.verify.file_changes import Change, added, both, edited, removed
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 VARIANT = "bfloat16-base"
@@ -214,37 +214,30 @@ def _copy(source: Path, out: Path) -> None:
     shutil.copytree(source, out, dirs_exist_ok=True)
 
 
-def _with_tensors(change: Callable[[Tensors], None], variant: str = VARIANT) -> Callable[[Scene, Path], None]:
-    """PEFT's merge with some tensors changed."""
-
-    def change_tensors(out: Path) -> None:
-        tensors = weights_of(out)
-        change(tensors)
-        write_weights(out, tensors)
-
-    return _with_files(change_tensors, variant)
-
-
-def _with_files(change: Change, variant: str = VARIANT) -> Callable[[Scene, Path], None]:
-    """PEFT's merge with some files changed."""
-
+def _changed(source: Callable[[Scene], Path], change: Change) -> Callable[[Scene, Path], None]:
     def make(scene: Scene, out: Path) -> None:
-        _copy(scene.merge(variant), out)
+        _copy(source(scene), out)
         change(out)
 
     return make
+
+
+def _on_tensors(change: Callable[[Tensors], Tensors]) -> Change:
+    return lambda out: write_weights(out, change(weights_of(out)))
 
 
 def _hand(variant: str = VARIANT, **how: Any) -> Callable[[Scene, Path], None]:
     return lambda scene, out: by_hand(scene.base(variant), scene.adapter(variant), out, **how)
 
 
-def _tensors(name: str, kind: str, change: Callable[[Tensors], None], variant: str = VARIANT) -> Recipe:
-    return Recipe(name, kind, _with_tensors(change, variant), variant)
+def _tensors(name: str, kind: str, change: Callable[[Tensors], Tensors], variant: str = VARIANT) -> Recipe:
+    """PEFT's merge with some tensors changed."""
+    return _files(name, kind, _on_tensors(change), variant)
 
 
 def _files(name: str, kind: str, change: Change, variant: str = VARIANT, also: tuple[str, ...] = ()) -> Recipe:
-    return Recipe(name, kind, _with_files(change, variant), variant, also)
+    """PEFT's merge with some files changed."""
+    return Recipe(name, kind, _changed(lambda scene: scene.merge(variant), change), variant, also)
 
 
 # --- a base with a tokenizer, a chat template, and MTP heads ---------------------------------------------------------
@@ -289,26 +282,14 @@ def _dressed_merge(scene: Scene) -> Path:
     return scene.once("dressed-merge", make)
 
 
-def _dressed(change: Change) -> Callable[[Scene, Path], None]:
-    def make(scene: Scene, out: Path) -> None:
-        _copy(_dressed_merge(scene), out)
-        change(out)
-
-    return make
-
-
 def _of_dressed(name: str, kind: str, change: Change, *also: str) -> Recipe:
-    return Recipe(name, kind, _dressed(change), base=_dressed_base, also=also)
+    return Recipe(name, kind, _changed(_dressed_merge, change), base=_dressed_base, also=also)
 
 
 def _resaved(out: Path) -> None:
     """As transformers writes the same tokenizer: with its defaults, and the template in a file of its own."""
     AutoTokenizer.from_pretrained(out).save_pretrained(out)
     assert (out / "chat_template.jinja").read_text() == TEMPLATE
-
-
-def _without_mtp(out: Path) -> None:
-    write_weights(out, {name: one for name, one in weights_of(out).items() if not name.startswith("mtp.")})
 
 
 def _other_vocabulary(out: Path) -> None:
@@ -379,11 +360,8 @@ def _strength(name: str, **how: Any) -> Recipe:
     return Recipe(name, "other-strength", make, adapter=_rank_eight)
 
 
-def _set(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], None]:
-    def change(tensors: Tensors) -> None:
-        tensors[name] = value(tensors[name].clone())
-
-    return change
+def _set(name: str, value: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: tensors | {name: value(tensors[name].clone())}
 
 
 def _nan(one: torch.Tensor) -> torch.Tensor:
@@ -391,33 +369,19 @@ def _nan(one: torch.Tensor) -> torch.Tensor:
     return one
 
 
-def _drop(*parts: str) -> Callable[[Tensors], None]:
-    def change(tensors: Tensors) -> None:
-        for name in [name for name in tensors if any(part in name for part in parts)]:
-            del tensors[name]
-
-    return change
+def _drop(*parts: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: one for name, one in tensors.items() if not any(part in name for part in parts)}
 
 
-def _cast(dtype: torch.dtype) -> Callable[[Tensors], None]:
-    def change(tensors: Tensors) -> None:
-        for name in tensors:
-            tensors[name] = tensors[name].to(dtype)
-
-    return change
+def _cast(dtype: torch.dtype) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {name: one.to(dtype) for name, one in tensors.items()}
 
 
-def _rows(count: int) -> Callable[[Tensors], None]:
-    def change(tensors: Tensors) -> None:
-        for name in ("lm_head.weight", "model.embed_tokens.weight"):
-            tensors[name] = tensors[name][:count]
-
-    return change
+def _fewer_rows(tensors: Tensors) -> Tensors:
+    return tensors | {name: tensors[name][:60] for name in ("lm_head.weight", "model.embed_tokens.weight")}
 
 
-def _smaller(scene: Scene, out: Path) -> None:
-    _with_tensors(_rows(60))(scene, out)
-    edited("config.json", vocab_size=60)(out)
+SMALLER = both(_on_tensors(_fewer_rows), edited("config.json", vocab_size=60))
 
 
 def _stale(out: Path) -> None:
@@ -452,32 +416,24 @@ def _adapter_left(out: Path) -> None:
     write_config(out, {"peft_type": "LORA", "base_model_name_or_path": "x"})
 
 
-def _untied(difference: float) -> Callable[[Path], None]:
-    def change(out: Path) -> None:
-        tensors = weights_of(out)
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + difference
-        write_weights(out, tensors)
-        edited("config.json", tie_word_embeddings=False)(out)
+def _untied(difference: float) -> Change:
+    def change(tensors: Tensors) -> Tensors:
+        return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + difference}
 
-    return change
+    return both(_on_tensors(change), edited("config.json", tie_word_embeddings=False))
 
 
-def _tied(out: Path) -> None:
-    """The head is dropped, and config.json ties it to the embeddings."""
-    tensors = weights_of(out)
-    del tensors["lm_head.weight"]
-    write_weights(out, tensors)
-    edited("config.json", tie_word_embeddings=True)(out)
+TIED = both(_on_tensors(_drop("lm_head")), edited("config.json", tie_word_embeddings=True))
+"""The head is dropped, and config.json ties it to the embeddings."""
 
 
-def _stored_twice(tensors: Tensors) -> None:
+def _stored_twice(tensors: Tensors) -> Tensors:
     name = "model.layers.0.self_attn.q_proj.weight"
-    tensors[f"model.{name}"] = torch.full_like(tensors[name], 7.0)
+    return tensors | {f"model.{name}": torch.full_like(tensors[name], 7.0)}
 
 
-def _renamed(tensors: Tensors) -> None:
-    for name in [name for name in tensors if name.startswith("model.")]:
-        tensors[name.removeprefix("model.")] = tensors.pop(name)
+def _renamed(tensors: Tensors) -> Tensors:
+    return {name.removeprefix("model."): one for name, one in tensors.items()}
 
 
 EXACT = [
@@ -528,18 +484,18 @@ WRONG = [
     Recipe("another revision", "wrong-base", _merge_into_another),
     _tensors("a norm changed", "base-changed", _set("model.norm.weight", lambda one: one + 0.5)),
     _tensors("a head of zeros", "base-changed", _set("lm_head.weight", torch.zeros_like)),
-    _of_dressed("MTP heads dropped", "not-carried", _without_mtp),
+    _of_dressed("MTP heads dropped", "not-carried", _on_tensors(_drop("mtp."))),
     _of_buffers("MTP heads dropped with positions", "not-carried", BODY, POSITIONS | {"mtp.x": torch.ones(3)}),
     _of_buffers("other positions", "base-changed", BODY, POSITIONS, {name: one + 1 for name, one in POSITIONS.items()}),
     _tensors("a head dropped", "not-carried", _drop("lm_head")),
     _tensors("a layer's norms dropped", "not-carried", _drop("layers.1.input_layernorm", "layers.1.post_att")),
-    _tensors("a tensor added", "added", lambda tensors: tensors.update({"x.weight": torch.ones(3)})),
+    _tensors("a tensor added", "added", lambda tensors: tensors | {"x.weight": torch.ones(3)}),
     _tensors("a tensor stored twice, under another name too", "added", _stored_twice),
     _tensors("other names", "renamed", _renamed),
     _files("an equal head untied", "tied", _untied(0), "tied-base", also=("tied",)),
     _files("a head untied", "base-changed", _untied(0.5), "tied-base", also=("tied", "tied")),
-    _files("a head tied", "base-changed", _tied, also=("tied", "tied")),
-    _files("a head tied to a merged embedding", "base-changed", _tied, "embedding", also=("tied", "tied")),
+    _files("a head tied", "base-changed", TIED, also=("tied", "tied")),
+    _files("a head tied to a merged embedding", "base-changed", TIED, "embedding", also=("tied", "tied")),
     _files("a second set of shards", "stale-shards", _stale),
     _files("a ghost in the index", "ghost-index", _indexed(lambda files: files.update({"mtp.head.weight": SHARD}))),
     _files("a tensor that the index lacks", "ghost-index", _indexed(lambda files: files.pop("model.norm.weight"))),
@@ -548,8 +504,8 @@ WRONG = [
     Recipe("merged in float32", "dtype-changed", _merged(VARIANT, dtype=torch.float32), also=("dtype-changed",)),
     _files("another dtype declared", "dtype-changed", edited("config.json", dtype="float16")),
     _tensors("a trained head lost", "not-carried", _drop("classifier"), "six-labels"),
-    _tensors("rows lost", "broken-files", _rows(60)),
-    Recipe("a smaller vocabulary", "shape-changed", _smaller),
+    _tensors("rows lost", "broken-files", _fewer_rows),
+    _files("a smaller vocabulary", "shape-changed", SMALLER),
     _files("pickles left behind", "stale-shards", added("pytorch_model.bin")),
     _tensors("NaN in a merged tensor", "nonfinite", _set("model.layers.0.self_attn.q_proj.weight", _nan)),
     _tensors("NaN elsewhere", "nonfinite", _set("lm_head.weight", _nan)),
