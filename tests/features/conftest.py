@@ -8,8 +8,7 @@ from tests.support.played_merges import lay
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, cwd) -> Path:
     """The current directory, with a base and one adapter."""
-    monkeypatch.chdir(tmp_path)
     lay(tmp_path, names=["one"])
     return tmp_path

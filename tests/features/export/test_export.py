@@ -292,12 +292,12 @@ def laid(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_has_a_sentence_and_loses_nothing(
-    mistake: str, laid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    mistake: str, laid: Path, tmp_path: Path, cwd, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, break_, words = MISTAKES[mistake]
     place = tmp_path / "place"
     shutil.copytree(laid, place)
-    monkeypatch.chdir(place)
+    os.chdir(place)
     break_(place)
     before = digests(place)
     words = words or ["adapter"]

@@ -389,7 +389,7 @@ def test_the_worker_writes_each_model_before_its_evidence(
 
 @pytest.mark.parametrize("publish", ["preserve", "bfloat16"])
 def test_a_pass_that_publishes_reads_what_any_pass_reads(
-    publish: str, kept: Kept, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    publish: str, kept: Kept, shelf: Shelf, variables, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """On one core: with more, time decides whether two layers share a small tensor or read it one after another."""
     reads: list[tuple[str, int, int]] = []
@@ -399,7 +399,7 @@ def test_a_pass_that_publishes_reads_what_any_pass_reads(
         reads.append((file, start, into.nbytes))
         own(self, file, start, into)
 
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    variables["OMP_NUM_THREADS"] = "1"
     monkeypatch.setattr(LocalFeed, "read", read)
     group = four_adapters(shelf, tmp_path, publish, one_pass=True)
     assert kept.events_of(group)

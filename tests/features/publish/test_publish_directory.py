@@ -93,8 +93,8 @@ def test_a_link_above_the_current_directory_is_followed(place: Path) -> None:
 @pytest.mark.attempt("P12", "YAML publishes to an absolute place, ../.. and ~, with the action's limit", "exit 2")
 @pytest.mark.parametrize("target", ["../outside", "../../outside", "/tmp/merge-gate-outside", "checkout/../.."])
 @pytest.mark.parametrize("by", ["option", "configuration"])
-def test_a_limit_keeps_models_inside(place: Path, monkeypatch: pytest.MonkeyPatch, target: str, by: str) -> None:
-    monkeypatch.setenv("MERGE_GATE_PUBLISH_WITHIN", str(place))
+def test_a_limit_keeps_models_inside(place: Path, variables, target: str, by: str) -> None:
+    variables["MERGE_GATE_PUBLISH_WITHIN"] = str(place)
     configure(place, publish=target)
     words = {"adapters": ["gate.yml"]} if by == "configuration" else {}
     assert play(place, *(["--publish", target] if by == "option" else []), **words) == 2  # type: ignore[arg-type]

@@ -61,7 +61,7 @@ class Shown(View):
 
 
 @pytest.fixture
-def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(shelf: Shelf, tmp_path: Path, cwd) -> Path:
     """Three adapters on one base, one of them broken."""
     shutil.copytree(shelf.base("llama"), tmp_path / "base")
     for name in NAMES:
@@ -69,7 +69,6 @@ def place(shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     poison("lora_B", where="last")(tmp_path / "three")
     adapters = [{"path": f"./{name}", "base": {"model": "./base"}} for name in NAMES]
     (tmp_path / "gate.yml").write_text(json.dumps({"version": 1, "adapters": adapters}))
-    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -232,12 +231,10 @@ def test_a_node_with_other_versions_ends_the_run(quick: Path, wording: Wording) 
     wording(refused(ray))
 
 
-def test_a_node_with_another_secret_reuses_and_stores_no_verdict(
-    quick: Path, wording: Wording, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MERGE_GATE_CACHE_KEY", "a secret of the trusted jobs")
+def test_a_node_with_another_secret_reuses_and_stores_no_verdict(quick: Path, wording: Wording, variables) -> None:
+    variables["MERGE_GATE_CACHE_KEY"] = "a secret of the trusted jobs"
     ray = Ray()
-    ray.changes = lambda work: (monkeypatch.delenv("MERGE_GATE_CACHE_KEY"), work)[1]
+    ray.changes = lambda work: (variables.pop("MERGE_GATE_CACHE_KEY"), work)[1]
     wording(refused(ray, cache="cache"))
 
 
@@ -269,9 +266,9 @@ def test_another_adapter_on_a_node_is_a_problem_of_the_report(quick: Path, wordi
     wording(*changed_after(file).problems)
 
 
-def test_names_are_those_of_the_configuration(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_are_those_of_the_configuration(quick: Path, variables) -> None:
     """A combination has the files of its members, and `~` is the home directory."""
-    monkeypatch.setenv("HOME", str(quick))
+    variables["HOME"] = str(quick)
     adapters = [{"path": f"~/{name}", "base": {"model": "~/base"}} for name in NAMES[::2]]
     both = {
         "name": "both",

@@ -16,8 +16,8 @@ REPOSITORY, NAME, TOKEN = "acme/base", "model.safetensors", "hf_loopback"
 
 
 @pytest.fixture
-def hub(server: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> LoopbackHub:
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
+def hub(server: LoopbackHub, variables) -> LoopbackHub:
+    variables["HF_TOKEN"] = TOKEN
     return server
 
 

@@ -29,9 +29,8 @@ def reported(merged: Path, scene: Scene, base: Path | None = None) -> AdapterRep
 
 
 def test_exchanged_arguments_are_refused_with_a_correction(
-    scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path, cwd
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     merged, base, adapter = map(str, (scene.merge(VARIANT), scene.base(VARIANT), scene.adapter(VARIANT)))
     right = misplaced.command(merged, base, adapter)
     for words in ((adapter, "--base", base, "--adapter", merged), (merged, "--base", adapter, "--adapter", base)):
@@ -54,9 +53,8 @@ def test_exchanged_arguments_are_refused_with_a_correction(
 @pytest.mark.attempt("M8", "base and adapter exchanged, in run and in check", "exit code 2 with the corrected command")
 @pytest.mark.parametrize("command", ["run", "check"])
 def test_a_run_with_base_and_adapter_exchanged_is_refused(
-    command: str, scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, scene: Scene, capsys: pytest.CaptureFixture[str], tmp_path: Path, cwd
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     base, adapter = str(scene.base(VARIANT)), str(scene.adapter(VARIANT))
     assert main([command, base, "--base", adapter]) == 2
     told = capsys.readouterr().err.splitlines()

@@ -1,5 +1,6 @@
 """A finished model that is written to or replaced while it is verified: no answer is about other bytes."""
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -54,10 +55,9 @@ def swap_after(monkeypatch: pytest.MonkeyPatch, function: str, swap: Callable[[]
 @pytest.mark.attempt("W07", "config.json of MERGED is swapped while it is verified", "error, and no answer")
 @pytest.mark.parametrize("what", ["weights", pytest.param("config.json", marks=pytest.mark.slow)])
 def test_a_model_that_is_swapped_during_the_comparison(
-    scene: Scene, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+    scene: Scene, tmp_path: Path, cwd, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     shutil.copytree(scene.merge(VARIANT), tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
     swap_after(monkeypatch, "findings_of", lambda: SWAPS[what](tmp_path / "model"))
     words = ["--base", str(scene.base(VARIANT)), "--adapter", str(scene.adapter(VARIANT))]
     assert main(["verify", "model", *words]) == 3
@@ -66,11 +66,9 @@ def test_a_model_that_is_swapped_during_the_comparison(
 
 
 @pytest.mark.attempt("W10g", "--output of verify is below MERGED", "exit 2, nothing written")
-def test_a_report_inside_of_the_model_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_report_inside_of_the_model_is_refused(tmp_path: Path, cwd, capsys: pytest.CaptureFixture[str]) -> None:
     published.publish(tmp_path / "model")
-    monkeypatch.chdir(tmp_path / "model")
+    os.chdir(tmp_path / "model")
     assert main(["verify", ".", "--output", "reports/of-verify"]) == 2
     assert "--output" in capsys.readouterr().err
     assert not (tmp_path / "model" / "reports").exists()
@@ -79,10 +77,9 @@ def test_a_report_inside_of_the_model_is_refused(
 @pytest.mark.attempt("W06b", "a published directory is swapped while it is compared", "error, no answer")
 @pytest.mark.parametrize("what", [None, *SWAPS])
 def test_a_model_that_is_swapped_while_its_record_is_compared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str | None
+    tmp_path: Path, cwd, monkeypatch: pytest.MonkeyPatch, what: str | None
 ) -> None:
     published.publish(tmp_path / "model")
-    monkeypatch.chdir(tmp_path)
     if what is not None:
         swap_after(monkeypatch, "recorded_report", lambda: SWAPS[what](tmp_path / "model"))
     assert main(["verify", "model"]) == (0 if what is None else 3)

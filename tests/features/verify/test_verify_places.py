@@ -19,9 +19,8 @@ from tests.support.wording import Wording
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, cwd) -> Path:
     """The current directory, with a published model, a base, and two adapters."""
-    monkeypatch.chdir(tmp_path)
     published.publish(tmp_path / "model")
     for name, file in (("base", "config.json"), ("one", "adapter_config.json"), ("two", "adapter_config.json")):
         (tmp_path / name).mkdir()
