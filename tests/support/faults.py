@@ -65,12 +65,9 @@ def edit(change: Callable[[Tensors], Tensors | None]) -> Callable[[Path], None]:
 
 def configure(**changes: Any) -> Callable[[Path], None]:
     """Edits adapter_config.json; `...` takes a key away."""
-
-    def apply(directory: Path) -> None:
-        config = read_config(directory) | changes
-        write_config(directory, {key: value for key, value in config.items() if value is not ...})
-
-    return apply
+    return lambda directory: write_config(
+        directory, {key: value for key, value in (read_config(directory) | changes).items() if value is not ...}
+    )
 
 
 def both(*steps: Callable[[Path], object]) -> Callable[[Path], object]:

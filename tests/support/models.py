@@ -21,6 +21,8 @@ from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
+from tests.support.verify.file_changes import edited
+
 Tensors = dict[str, torch.Tensor]
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -140,17 +142,7 @@ class BaseRecipe:
     build: Callable[[], PreTrainedModel]
     dtype: torch.dtype = torch.float32
     max_shard_size: str = "1GB"
-    after: Callable[[Path], None] | None = None
-
-
-def _reconfigure(**changes: Any) -> Callable[[Path], None]:
-    """Edits the base's config.json."""
-
-    def apply(directory: Path) -> None:
-        path = directory / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return apply
+    after: Callable[[Path], object] | None = None
 
 
 def _lose_from_index(part: str) -> Callable[[Path], None]:
@@ -167,6 +159,7 @@ def _lose_from_index(part: str) -> Callable[[Path], None]:
 
 
 Q_PROJ = "model.layers.0.self_attn.q_proj"
+EXL2 = {"quant_method": "exl2", "bits": 4.0}
 BASES: dict[str, BaseRecipe] = {
     "llama": BaseRecipe(llama),
     "llama-float16": BaseRecipe(llama, torch.float16),
@@ -181,8 +174,8 @@ BASES: dict[str, BaseRecipe] = {
     "llama-nan-far": BaseRecipe(lambda: _with(llama, "model.norm.weight", (31,), torch.nan)),
     "llama-neginf-far": BaseRecipe(lambda: _with(llama, "lm_head.weight", (63, 31), -torch.inf)),
     "llama-incomplete": BaseRecipe(llama, max_shard_size="20KB", after=_lose_from_index("layers.1.mlp.up_proj")),
-    "llama-inconsistent": BaseRecipe(llama, after=_reconfigure(intermediate_size=56)),
-    "llama-exl2": BaseRecipe(llama, after=_reconfigure(quantization_config={"quant_method": "exl2", "bits": 4.0})),
+    "llama-inconsistent": BaseRecipe(llama, after=edited("config.json", intermediate_size=56)),
+    "llama-exl2": BaseRecipe(llama, after=edited("config.json", quantization_config=EXL2)),
     "gpt2": BaseRecipe(gpt2),
     "bert": BaseRecipe(lambda: _randomised("BertModel", "BertConfig", **TEXT)),
     "bert-classifier": BaseRecipe(

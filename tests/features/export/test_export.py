@@ -28,6 +28,7 @@ from tests.support.cases import digests
 from tests.support.command import code_of, environment, start
 from tests.support.engine import architectures
 from tests.support.engine.architectures import Architecture
+from tests.support.engine.published import configured
 from tests.support.models import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -151,8 +152,7 @@ def test_a_base_in_float64_is_compared_in_float64_and_float32(shelf: Shelf, tmp_
     lay(shelf, tmp_path, base="llama", alpha_pattern={"v_proj": 13})
     tensors = read_tensors(tmp_path / "base", "model.safetensors")
     save_file({name: one.double() for name, one in tensors.items()}, tmp_path / "base" / "model.safetensors")
-    config = json.loads((tmp_path / "base" / "config.json").read_text()) | {"dtype": "float64"}
-    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    configured(tmp_path / "base", dtype="float64")
     assert export(tmp_path) == 0
     assert [one["dtype"] for one in record(tmp_path)["comparisons"]] == ["float64", "float32"]
 

@@ -13,6 +13,7 @@ from merge_gate.features.forward import lockstep
 from merge_gate.records.terms import Verdict
 from tests.support.command import Answer, merge_gate, strict_json
 from tests.support.engine import architectures
+from tests.support.engine.published import configured
 from tests.support.gating import Gate
 
 RAN = ""
@@ -72,9 +73,7 @@ def lay(place: Path, name: str, model_type: str, settings: dict[str, Any]) -> Pa
         architecture = architectures.build(model_type, source, torch.float32)
         architectures.save_lora(architecture, source, source / "adapter")
     shutil.copytree(source, base)
-    config = base / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
-    return base
+    return configured(base, **settings)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from merge_gate.records.terms import Verdict
 from tests.support import methods
 from tests.support.command import merge_gate
 from tests.support.engine.plain_merge import peft_merge
-from tests.support.engine.published import dequantized_merge, different, stored
+from tests.support.engine.published import configured, dequantized_merge, different, stored
 from tests.support.models import VARIANTS, Shelf, load_for_training, read_tensors, save_adapter
 from tests.support.verify.verification import Verifier
 
@@ -147,8 +147,7 @@ def test_another_untied_merge_fails(name: str, other: str, added: Path, shelf: S
 def test_two_tensors_that_config_json_ties_are_an_error(added: Path, shelf: Shelf, tmp_path: Path) -> None:
     """A program that follows config.json loads one of them for both."""
     merged = Path(shutil.copytree(added / "saved" / "both", tmp_path / "merged"))
-    config = json.loads((merged / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (merged / "config.json").write_text(json.dumps(config))
+    configured(merged, tie_word_embeddings=True)
     report = Verifier().report(merged, shelf.base("llama-tied"), added / "adapters" / "both")
     assert (report.verdict, report.cause) == (Verdict.FAILED, "tied")
 

@@ -1,6 +1,7 @@
 """`--allow KIND` allows that kind and nothing else: another fault next to it is still an error."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from merge_gate.judging.kinds import ALLOWED
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Verdict
 from tests.support.models import Tensors, make_adapter, read_tensors, write_tensors
-from tests.support.verify.merges import WRONG, Recipe, Scene, peft_merge, weights_of, write_weights
+from tests.support.verify.merges import WRONG, Recipe, Scene, on_tensors, peft_merge, weights_of
 from tests.support.verify.verification import Verifier, errors
 
 VARIANT = "bfloat16-base"
@@ -26,22 +27,12 @@ def recipe_of(kind: str) -> Recipe:
     return next(one for one in WRONG if one.kind == kind and set(one.also) <= {kind})
 
 
-def changed(out: Path, change: Callable[[Tensors], None]) -> None:
-    tensors = weights_of(out)
-    change(tensors)
-    write_weights(out, tensors)
-
-
-def _in(part: str) -> Callable[[Tensors], None]:
+def _in(part: str, tensors: Tensors) -> Tensors:
     """One value of a tensor, changed by more than any rounding."""
-
-    def change(tensors: Tensors) -> None:
-        name = next(one for one in tensors if one.endswith(part.removeprefix("model.")))
-        flat = tensors[name].clone()
-        flat.view(-1)[7] = flat.view(-1)[7] + 0.25
-        tensors[name] = flat
-
-    return change
+    name = next(one for one in tensors if one.endswith(part.removeprefix("model.")))
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[7] += 0.25
+    return tensors
 
 
 FAULTS = "one changed value in a merged tensor, and in another tensor"
@@ -65,26 +56,24 @@ def test_an_allowed_kind_passes_alone_and_not_with_another_fault(
         out = tmp_path / (part or "alone")
         recipe.make(scene, out)
         if part:
-            changed(out, _in(part))
+            on_tensors(partial(_in, part))(out)
         found = verifier.report(out, base, adapter, *candidates, allowed=(kind,))
         is_of_kind = not part or kind == ("unexplained" if part == MERGED else "base-changed")
         assert found.verdict is (Verdict.PASSED if is_of_kind else Verdict.FAILED), (part, errors(found))
         assert bool(errors(found)) is not is_of_kind
 
 
-def _noise_with_nan(tensors: Tensors) -> None:
-    for name in [name for name in tensors if "proj" in name]:
-        tensors[name] = torch.randn_like(tensors[name])
-        tensors[name].view(-1)[3] = torch.nan
+def in_projections(change: Callable[[torch.Tensor], torch.Tensor], tensors: Tensors) -> Tensors:
+    return {name: change(one.clone()) if "proj" in name else one for name, one in tensors.items()}
 
 
-def _noise(tensors: Tensors) -> None:
-    for name in tensors:
-        tensors[name] = torch.randn_like(tensors[name])
+def with_nan(one: torch.Tensor) -> torch.Tensor:
+    one.view(-1)[3] = torch.nan
+    return one
 
 
 def report_of(
-    change: Callable[[Tensors], None],
+    change: Callable[[Tensors], Tensors],
     scene: Scene,
     verifier: Verifier,
     out: Path,
@@ -92,26 +81,22 @@ def report_of(
     variant: str = VARIANT,
 ) -> AdapterReport:
     peft_merge(scene.base(variant), scene.adapter(variant), out)
-    changed(out, change)
+    on_tensors(change)(out)
     return verifier.report(out, scene.base(variant), scene.adapter(variant), allowed=allowed)
 
 
 @pytest.mark.attempt("V11", "noise in every merged tensor, with one NaN each, under --allow nonfinite", "unexplained")
 def test_the_finite_values_of_a_tensor_with_nan_are_compared(scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
-    found = report_of(_noise_with_nan, scene, verifier, tmp_path / "m", "nonfinite")
+    noise = partial(in_projections, lambda one: with_nan(torch.randn_like(one)))
+    found = report_of(noise, scene, verifier, tmp_path / "m", "nonfinite")
     assert found.cause in {"unexplained", "wrong-base"}
     assert "nonfinite" not in errors(found)
 
 
 @pytest.mark.attempt("V13", "a base with one NaN in each merged tensor, under --allow nonfinite", "not-applied")
 def test_a_base_with_nan_is_still_the_base(scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
-    def change(tensors: Tensors) -> None:
-        for name, one in weights_of(scene.base(VARIANT)).items():
-            tensors[name] = one.clone()
-            if "proj" in name:
-                tensors[name].view(-1)[3] = torch.nan
-
-    found = report_of(change, scene, verifier, tmp_path / "m", "nonfinite")
+    base = in_projections(with_nan, weights_of(scene.base(VARIANT)))
+    found = report_of(lambda _: base, scene, verifier, tmp_path / "m", "nonfinite")
     assert found.cause in {"not-applied", "applied-in-part"}
 
 
@@ -134,30 +119,30 @@ def test_a_kind_that_leaves_nothing_to_compare_cannot_be_allowed(kind: str, caps
 
 @pytest.mark.attempt("V15a", "noise in every tensor, with every kind allowed", "wrong-base")
 def test_noise_everywhere_is_no_merge_whatever_is_allowed(scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
-    found = report_of(_noise, scene, verifier, tmp_path / "m", *ALLOWED, "wrong-base")
+    def noise(tensors: Tensors) -> Tensors:
+        return {name: torch.randn_like(one) for name, one in tensors.items()}
+
+    found = report_of(noise, scene, verifier, tmp_path / "m", *ALLOWED, "wrong-base")
     assert found.cause == "wrong-base"
 
 
 # --- rounding --------------------------------------------------------------------------------------------------------
 
 
-def _up(row: int | None) -> Callable[[Tensors], None]:
+def _up(row: int | slice = slice(None)) -> Callable[[Tensors], Tensors]:
     """One unit of the last place more, in every value of the merged tensors, or in a row."""
 
-    def change(tensors: Tensors) -> None:
-        for name in [name for name in tensors if "proj" in name]:
-            one = tensors[name].clone()
-            part = one if row is None else one[row]
-            part.copy_(torch.nextafter(part, torch.full_like(part, torch.inf)))
-            tensors[name] = one
+    def raised(one: torch.Tensor) -> torch.Tensor:
+        one[row] = torch.nextafter(one, torch.full_like(one, torch.inf))[row]
+        return one
 
-    return change
+    return partial(in_projections, raised)
 
 
 @pytest.mark.attempt("V03", "+1 unit of the last place in every merged value", "unexplained")
 def test_a_unit_more_in_every_value_is_unexplained(scene: Scene, verifier: Verifier, tmp_path: Path) -> None:
     for allowed in ((), ("imprecise",)):
-        found = report_of(_up(None), scene, verifier, tmp_path / f"m{len(allowed)}", *allowed)
+        found = report_of(_up(), scene, verifier, tmp_path / f"m{len(allowed)}", *allowed)
         assert found.cause == "unexplained"
 
 
@@ -175,5 +160,5 @@ def test_a_tensor_that_the_merge_does_not_move_is_compared(scene: Scene, verifie
     write_tensors(adapter, {name: one * 1e-4 for name, one in read_tensors(adapter).items()})
     peft_merge(scene.base(VARIANT), adapter, tmp_path / "m")
     assert errors(verifier.report(tmp_path / "m", scene.base(VARIANT), adapter)) == ["no-effect"]
-    changed(tmp_path / "m", _up(2))
+    on_tensors(_up(2))(tmp_path / "m")
     assert set(errors(verifier.report(tmp_path / "m", scene.base(VARIANT), adapter))) > {"no-effect"}

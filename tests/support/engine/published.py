@@ -3,7 +3,6 @@
 In: a base's directory, and what a `PublicationConsumer` writes. Out: a directory that transformers loads.
 """
 
-import json
 import shutil
 import zlib
 from collections.abc import Mapping, Sequence
@@ -35,6 +34,7 @@ from tests.support.engine.fed_bases import source
 from tests.support.engine.local_bases import load_local
 from tests.support.engine.merges import runs
 from tests.support.files.pickles import read_pickle
+from tests.support.verify.file_changes import edited
 
 
 @dataclass
@@ -125,8 +125,7 @@ def write_model(base: Path, directory: Path, sent: Sent) -> Path:
 
 def configured(directory: Path, **changes: Any) -> Path:
     """Change config.json."""
-    path = directory / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    edited("config.json", **changes)(directory)
     return directory
 
 

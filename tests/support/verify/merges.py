@@ -222,7 +222,7 @@ def _changed(source: Callable[[Scene], Path], change: Change) -> Callable[[Scene
     return make
 
 
-def _on_tensors(change: Callable[[Tensors], Tensors]) -> Change:
+def on_tensors(change: Callable[[Tensors], Tensors]) -> Change:
     return lambda out: write_weights(out, change(weights_of(out)))
 
 
@@ -232,7 +232,7 @@ def _hand(variant: str = VARIANT, **how: Any) -> Callable[[Scene, Path], None]:
 
 def _tensors(name: str, kind: str, change: Callable[[Tensors], Tensors], variant: str = VARIANT) -> Recipe:
     """PEFT's merge with some tensors changed."""
-    return _files(name, kind, _on_tensors(change), variant)
+    return _files(name, kind, on_tensors(change), variant)
 
 
 def _files(name: str, kind: str, change: Change, variant: str = VARIANT, also: tuple[str, ...] = ()) -> Recipe:
@@ -381,7 +381,7 @@ def _fewer_rows(tensors: Tensors) -> Tensors:
     return tensors | {name: tensors[name][:60] for name in ("lm_head.weight", "model.embed_tokens.weight")}
 
 
-SMALLER = both(_on_tensors(_fewer_rows), edited("config.json", vocab_size=60))
+SMALLER = both(on_tensors(_fewer_rows), edited("config.json", vocab_size=60))
 
 
 def _stale(out: Path) -> None:
@@ -420,10 +420,10 @@ def _untied(difference: float) -> Change:
     def change(tensors: Tensors) -> Tensors:
         return tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + difference}
 
-    return both(_on_tensors(change), edited("config.json", tie_word_embeddings=False))
+    return both(on_tensors(change), edited("config.json", tie_word_embeddings=False))
 
 
-TIED = both(_on_tensors(_drop("lm_head")), edited("config.json", tie_word_embeddings=True))
+TIED = both(on_tensors(_drop("lm_head")), edited("config.json", tie_word_embeddings=True))
 """The head is dropped, and config.json ties it to the embeddings."""
 
 
@@ -484,7 +484,7 @@ WRONG = [
     Recipe("another revision", "wrong-base", _merge_into_another),
     _tensors("a norm changed", "base-changed", _set("model.norm.weight", lambda one: one + 0.5)),
     _tensors("a head of zeros", "base-changed", _set("lm_head.weight", torch.zeros_like)),
-    _of_dressed("MTP heads dropped", "not-carried", _on_tensors(_drop("mtp."))),
+    _of_dressed("MTP heads dropped", "not-carried", on_tensors(_drop("mtp."))),
     _of_buffers("MTP heads dropped with positions", "not-carried", BODY, POSITIONS | {"mtp.x": torch.ones(3)}),
     _of_buffers("other positions", "base-changed", BODY, POSITIONS, {name: one + 1 for name, one in POSITIONS.items()}),
     _tensors("a head dropped", "not-carried", _drop("lm_head")),
