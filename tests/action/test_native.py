@@ -115,10 +115,9 @@ def test_an_older_python_is_a_sentence(run: ContainerRun, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("obeys", [True, False])
-def test_a_signal_stops_the_gate_whether_it_obeys_or_not(run, python, monkeypatch, obeys) -> None:
+def test_a_signal_stops_the_gate_whether_it_obeys_or_not(run, python, obeys) -> None:
     trap = "trap 'echo stopped; exit 3' TERM" if obeys else "trap '' TERM"
     python.write_text(f'#!/bin/sh\n[ "$2" = "-c" ] && exit 0\n{trap}\necho $$\nwhile :; do sleep 0.05; done\n')
-    monkeypatch.setattr(step, "STOP_GRACE_S", 20.0 if obeys else 0.2)
     said: list[bytes] = []
 
     def log(data: bytes) -> None:
@@ -126,7 +125,7 @@ def test_a_signal_stops_the_gate_whether_it_obeys_or_not(run, python, monkeypatc
         if len(said) == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert step.run_here(run, log) == 3
+    assert step.run_here(run, log, stop_grace_s=20.0 if obeys else 0.2) == 3
     assert said[-1] == b"merge-gate: received SIGTERM; stopping the gate\n"
     assert not alive(int(said[0]))
 

@@ -163,7 +163,7 @@ def missing(environ: Mapping[str, str]) -> str:
     return f"merge-gate is not installed for {sys.executable}" if probe.returncode else ""
 
 
-def run_here(run: ContainerRun, log: Callable[[bytes], None]) -> int:
+def run_here(run: ContainerRun, log: Callable[[bytes], None], stop_grace_s: float = STOP_GRACE_S) -> int:
     """Run the gate in a child process and return its exit code. Must be called in the main thread."""
     reason = missing(run.environ)
     if reason:
@@ -187,12 +187,12 @@ def run_here(run: ContainerRun, log: Callable[[bytes], None]) -> int:
     ) as child:
         try:
             with interruptible(run.timeout_s):
-                return _wait(child, log)
+                return _wait(child, log, stop_grace_s)
         except Interrupted:
             return int(ExitCode.ERROR)
 
 
-def _wait(child: subprocess.Popen[bytes], log: Callable[[bytes], None]) -> int:
+def _wait(child: subprocess.Popen[bytes], log: Callable[[bytes], None], stop_grace_s: float) -> int:
     try:
         _pass_on(child, log)
         code = child.wait()
@@ -200,7 +200,7 @@ def _wait(child: subprocess.Popen[bytes], log: Callable[[bytes], None]) -> int:
         log(f"merge-gate: {interruption}; stopping the gate\n".encode())
         child.terminate()
         try:
-            child.wait(STOP_GRACE_S)
+            child.wait(stop_grace_s)
         except subprocess.TimeoutExpired:
             child.kill()
         raise

@@ -164,7 +164,7 @@ def keyed(
     if not may_have_key(report) or not is_unchanged(entry):
         return None
     rests_on = material(entry, base, device, trusts)
-    at, place = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), current_place(os.environ)
+    at, place = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), current_place(os.environ, platform.node())
     judged = Judged(key=key_of(rests_on), at=at, place=place, seconds=report.seconds)
     return replace(report, judged=judged), rests_on
 
@@ -178,14 +178,14 @@ def may_have_key(adapter: AdapterReport) -> bool:
     return adapter.verdict is not Verdict.ERROR and not from_record and math.isfinite(adapter.seconds)
 
 
-def current_place(environ: Mapping[str, str]) -> str:
+def current_place(environ: Mapping[str, str], machine: str) -> str:
     """The CI run (`acme/adapters run 123`), or the name of the machine. It contains no local path."""
     if environ.get(PLACE_VARIABLE):
         return environ[PLACE_VARIABLE][:LONGEST_PLACE]
     for project, run in _CI_RUNS:
         if environ.get(project) and environ.get(run):
             return f"{environ[project]} run {environ[run]}"[:LONGEST_PLACE]
-    return platform.node()[:LONGEST_PLACE] or "unknown"
+    return machine[:LONGEST_PLACE] or "unknown"
 
 
 def is_unchanged(entry: Entry) -> bool:

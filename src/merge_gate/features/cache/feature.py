@@ -6,6 +6,7 @@ In: a run, and the directory of `--cache`. Out: reports of entries that need no 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -56,7 +57,7 @@ class VerdictCache(Feature):
         self._store = Store(directory, seal, run.view.note, read_only=run.options.is_plan)
         boot = boot_id()
         self._devices = StoredDevices(run.options.device, self._store, boot, os.environ)
-        here, trusts = current_place(os.environ), run.config.trusts
+        here, trusts = current_place(os.environ, platform.node()), run.config.trusts
         self._figures = StoredFigures(self._store, here, fresh=self._fresh, trusts=trusts)
         self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseFigures]] = {}
         run.watch.remembered = StoredDigests(self._store, boot, fresh=self._fresh)
