@@ -58,14 +58,11 @@ def test_a_healthy_adapter_passes_and_is_covered_whole(case: Case, judged: Judge
     assert coverage.modules_merged > 0
 
 
-def test_one_bad_element_is_counted_and_placed(judged: Judged) -> None:
+def test_bad_elements_are_counted_and_the_first_is_placed(judged: Judged) -> None:
     (finding,) = deciding(judged.reports["neginf-lora_B-last"])
     assert (finding.nan, finding.posinf, finding.neginf) == (0, 0, 1)
     assert finding.numel == 16 * 4
     assert finding.first_index == (15, 3)
-
-
-def test_the_first_bad_element_is_placed_when_all_are_bad(judged: Judged) -> None:
     (finding,) = deciding(judged.reports["nan-lora_A-all"])
     assert (finding.nan, finding.posinf, finding.neginf) == (4 * 32, 0, 0)
     assert finding.first_index == (0, 0)

@@ -248,11 +248,6 @@ def test_aliases_cannot_explode(place: Path) -> None:
     assert "100,000" in problems(place, bomb)[0]
 
 
-def test_a_thousand_adapters_are_read(place: Path) -> None:
-    entries = "".join(f"  - {{name: a{n}, path: ./adapters/support, checks: {{headroom: off}}}}\n" for n in range(1000))
-    assert len(load(place, HEAD + entries).adapters) == 1000
-
-
 def test_hostile_directory_names_are_escaped(place: Path) -> None:
     (place / "adapters/team-\n::error::x").mkdir()
     found = problems(place, HEAD + "  - ./adapters/team-*\n")

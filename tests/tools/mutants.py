@@ -67,7 +67,6 @@ SLOW = (
     "tests/files/test_preflight.py::test_what_the_library_refuses_is_refused",
     "tests/files/test_preflight.py::test_a_damaged_file_is_never_accepted_if_the_library_refuses",
     "tests/files/test_preflight.py::test_sound_files_are_accepted_as_the_library_does",
-    "tests/config/test_load_config.py::test_a_thousand_adapters_are_read",
     "tests/config/test_load_config.py::test_any_text_is_read_or_refused",
     "tests/config/test_load_config.py::test_any_bytes_are_read_or_refused",
     "tests/config/test_load_config.py::test_any_yaml_punctuation_is_read_or_refused",

@@ -1,5 +1,7 @@
 """Extremes of a quantised merge, from two values of each scale, against bitsandbytes' whole tensors."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,17 +52,21 @@ def test_this_bitsandbytes_quantises_as_it_is_assumed(quant_type, dtype) -> None
     assert packed._ends_proved(quant_type, 64, dtype)
 
 
-def test_another_bitsandbytes_has_every_value_quantised(monkeypatch) -> None:
-    monkeypatch.setattr(packed.Int4Values, "extremes", lambda *_: None)
+@pytest.fixture
+def another_rounding(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is proved of this bitsandbytes does not hold."""
+    monkeypatch.setattr(packed, "LEAST_SCALE", 1e-30)
+    packed._ends_proved.cache_clear()
+    yield
+    packed._ends_proved.cache_clear()
+
+
+@pytest.mark.usefixtures("another_rounding")
+def test_another_bitsandbytes_has_every_value_quantised() -> None:
     with threads(1):
         layer = tuner_layer("4bit-double", 200, 128, 4)
         found = measure_merge(in_blocks(layer))
         values, _ = by_peft(layer)
+    assert packed.Int4Values.of(layer.get_base_layer().weight).extremes(torch.float32) is None
     assert (found.minimum, found.maximum) == (values.min().item(), values.max().item())
     assert found.changed
-
-
-def test_a_proof_of_another_rounding_fails(monkeypatch) -> None:
-    assert packed._ends_proved.__wrapped__("nf4", 64, torch.float32)
-    monkeypatch.setattr(packed, "LEAST_SCALE", 1e-30)
-    assert not packed._ends_proved.__wrapped__("nf4", 64, torch.float32)

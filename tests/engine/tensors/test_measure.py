@@ -156,13 +156,10 @@ def test_a_number_that_is_not_a_tensor_of_numbers_is_refused() -> None:
         measure(torch.empty(3, device="meta"), "layer.weight")
 
 
-def test_a_subclass_and_a_parameter_are_measured_as_tensors() -> None:
+def test_a_parameter_and_a_sparse_tensor_are_measured_as_tensors() -> None:
     parameter = torch.nn.Parameter(torch.tensor([1.0, math.nan, -3.0]))
     agrees(parameter.detach())
     assert measure(parameter, "t").nan == 1
-
-
-def test_a_sparse_tensor_is_measured_whole() -> None:
     stats = measure(torch.tensor([[0.0, math.inf], [2.0, 0.0]]).to_sparse(), "t")
     assert (stats.posinf, stats.minimum, stats.maximum, stats.first_index) == (1, 0.0, 2.0, (0, 1))
 
