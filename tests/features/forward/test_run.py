@@ -1,6 +1,5 @@
 """Runs of a base and its adapters: activations that leave the dtype, whose fault they are, and what does not run."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from merge_gate.records.terms import Origin, Quantization, Verdict
 from tests.support import methods
 from tests.support.engine.local_bases import edited_adapter, load_local
 from tests.support.engine.merges import merge_adapter, request_for, runs
+from tests.support.engine.published import configured
 from tests.support.faults import blow_up
 from tests.support.gating import SPEC
 from tests.support.judging.cases import files
@@ -330,9 +330,8 @@ def measured(root: Path, model_class: str, targets: str, scale: float, **setting
         if "lora_B" in name:
             one.normal_(0, scale)
     adapted.save_pretrained(root / "adapter")
-    path = root / "base" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
-    base = load_local(str(root / "base"), label="base", model_class=ModelClass(class_name=model_class))
+    path = configured(root / "base", **settings)
+    base = load_local(str(path), label="base", model_class=ModelClass(class_name=model_class))
     return merge_adapter(base, preflight(str(root / "adapter"), allow_pickle=False))
 
 
