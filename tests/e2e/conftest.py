@@ -62,12 +62,10 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def own_repository(tmp_path: Path, demo: Path) -> Path:
+def own_repository(repository: Path) -> Path:
     """A checkout of the action itself, with adapters in it."""
-    directory = tmp_path / "repository"
-    copy_action(directory)
-    shutil.copytree(demo, directory / "gate")
-    return directory
+    copy_action(repository)
+    return repository
 
 
 @pytest.fixture
