@@ -96,6 +96,16 @@ def variables() -> Iterator[MutableMapping[str, str]]:
     os.environ.update(before)
 
 
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the demo, made for a test file."""
+    from merge_gate.demo import make_demo  # noqa: PLC0415 - few tests need it
+
+    directory = tmp_path_factory.mktemp("demo") / "demo"
+    make_demo(str(directory))
+    return directory
+
+
 @pytest.fixture(scope="session")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     """The tiny bases and adapters, each built on first use."""

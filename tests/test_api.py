@@ -12,19 +12,11 @@ import pytest
 
 import merge_gate
 from merge_gate import ConfigError, GateError, Report, Result, UsageError, Verdict, gate
-from merge_gate.demo import make_demo
 from merge_gate.records.features import FEATURES
 from merge_gate.report.stored.report_files import write_report
 from tests.support.reports import PASS
 from tests.support.tried import tried
 from tests.support.wording import Wording
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("api") / "demo"
-    make_demo(str(directory))
-    return directory
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,6 @@ from merge_gate.cli.arguments import EXIT_CODES
 from merge_gate.cli.check_command import EXIT_CODES_OF_CHECK
 from merge_gate.cli.dispatch import main
 from merge_gate.cli.parser import parsers
-from merge_gate.demo import make_demo
 from merge_gate.judging.all_checks import refused
 from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.worker.device import has_card
@@ -46,13 +45,6 @@ REPORT = "merge-gate-report/report.json"
 WEIGHTS = "adapter_model.safetensors"
 STOPPED_WITHIN_S = 7.0
 """A cancelled workflow gives 7.5 s between SIGINT and SIGTERM."""
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("cli") / "demo"
-    make_demo(str(place))
-    return place
 
 
 @pytest.fixture

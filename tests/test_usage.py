@@ -8,18 +8,10 @@ from pathlib import Path
 import pytest
 
 from merge_gate.cli.dispatch import main
-from merge_gate.demo import make_demo
 from merge_gate.report.stored.report_files import write_report
 from tests.support.command import Answer, environment, merge_gate
 from tests.support.demo_place import configure, readable, tree
 from tests.support.reports import PASS
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("usage") / "demo"
-    make_demo(str(place))
-    return place
 
 
 @pytest.fixture

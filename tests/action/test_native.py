@@ -13,16 +13,8 @@ import pytest
 from merge_gate._internal.errors import LauncherError, UsageError
 from merge_gate.action import step
 from merge_gate.action.docker.container import ContainerRun
-from merge_gate.demo import make_demo
 from tests.support.command import alive
 from tests.support.wording import Wording
-
-
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("native") / "demo"
-    make_demo(directory)
-    return directory
 
 
 @pytest.fixture
