@@ -97,11 +97,11 @@ def variables() -> Iterator[MutableMapping[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The directory of the demo, made for a test file."""
+def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of the demo, made for a test file. Messages have its name, so it is that of the file."""
     from merge_gate.demo import make_demo  # noqa: PLC0415 - few tests need it
 
-    directory = tmp_path_factory.mktemp("demo") / "demo"
+    directory = tmp_path_factory.mktemp(request.path.stem) / "demo"
     make_demo(str(directory))
     return directory
 
