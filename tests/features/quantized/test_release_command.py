@@ -81,6 +81,10 @@ def test_a_file_that_cannot_be_read_has_no_verdict(verify: Verify, write: Callab
     ("rename", "words"),
     [
         (("llama", "lllll"), "does not know the architecture"),
+        (
+            ("\x05\x00\x00\x00\x00\x00\x00\x00llama", "\x06\x00\x00\x00\x00\x00\x00\x00falcon"),
+            '"falcon" of the GGUF file',
+        ),
         (("blk.0.attn_q.weight", "blk.1.attn_q.weight"), "is there twice"),
     ],
 )

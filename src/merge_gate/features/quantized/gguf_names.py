@@ -27,6 +27,9 @@ _MODEL_TYPES = {
 }  # fmt: skip
 """The model types that llama.cpp converts to an architecture of another name."""
 
+_NOT_READ = {"general", "tokenizer", "falcon"}
+"""Keys of transformers that are no architectures, and one whose rows of q, k, and v it leaves in llama.cpp's order."""
+
 _MORE_KEYS = {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}
 _UNUSED_KEYS = {"context_length", "vocab_size", "feed_forward_length", "decoder_start_token_id", "expert_gating_func"}
 """Keys that change nothing, that the shapes show, or whose values the config has under other names."""
@@ -152,7 +155,7 @@ def _architecture(header: GgufHeader, config: Any) -> str:
             f"the GGUF file is part of {counted(count, 'file')}", hint="join them with `llama-gguf-split --merge`"
         )
     known = {*of_transformers.GGUF_SUPPORTED_ARCHITECTURES, *of_transformers.TENSOR_PROCESSORS}
-    if not isinstance(architecture, str) or architecture not in known - {"general", "tokenizer"}:
+    if not isinstance(architecture, str) or architecture not in known - _NOT_READ:
         raise EngineError(
             f"transformers does not know the architecture {quoted(str(architecture), 60)} of the GGUF file, so its "
             "tensors cannot be compared with those of the base",

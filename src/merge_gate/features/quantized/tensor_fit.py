@@ -180,7 +180,7 @@ def fitted(  # noqa: PLR0917
     `dtype` is that of the base's files: the merge may have been rounded to it. Without `requantized`, the noise to
     expect is unknown.
     """
-    if bad := sum(int((~tensor.isfinite()).sum()) for tensor in (base, merged, actual)):
+    if bad := sum(map(_nonfinite, (base, merged, actual))):
         return replace(outline, nonfinite=bad)
     fit = _Fit(base, merged, actual, dtype)
     figures = {name: getattr(fit, name) for name in FIGURES}
@@ -189,12 +189,12 @@ def fitted(  # noqa: PLR0917
     if requantized is None or of_base is None:
         return facts
     # 4.
-    delta = merged - base
     times = 1.0 if math.isinf(fit.error) else fit.strength
-    proper = requantized(base + times * delta) if fit.delta else of_base
+    expected = base.lerp(merged, times) if fit.delta else base
+    proper = requantized(expected) if fit.delta else of_base
     if proper is None:
         return facts
-    again, rows = _Fit(base, merged, proper, dtype), _squares(base + times * delta)
+    again, rows = _Fit(base, merged, proper, dtype), _squares(expected)
     own, noise = again.noise_of_rows() + ROUNDED**2 * rows, fit.noise_of_rows()
     own += LEAST_NOISE * own.mean()
     shares = noise / (rows + LEAST_NOISE * rows.mean())
@@ -210,19 +210,30 @@ def fitted(  # noqa: PLR0917
         own_scale=again.scale,
         loudest=math.inf if is_unlike else math.sqrt(float((noise / own).max())),
         uneven=uneven,
-        changed=float((of_base != actual).float().mean()),
+        changed=int((of_base != actual).count_nonzero()) / max(1, fit.numel),
     )
     if abs(facts.strength) > UNLIKE and not math.isinf(facts.error):
         lost = max(UNLIKE, again.strength / facts.strength)
         if abs(lost - 1) > SURE_ERRORS * facts.error:
             facts = replace(facts, strength=facts.strength / lost, error=facts.error / lost)
     # 5.
-    if not outline.kind or math.isinf(facts.error) or (into_codes := requantized(of_base + delta)) is None:
+    if (
+        not outline.kind
+        or math.isinf(facts.error)
+        or (into_codes := requantized((merged - base).add_(of_base))) is None
+    ):
         return facts
     to_codes, to_proper, to_base = (float((actual - values).norm()) for values in (into_codes, proper, of_base))
     if min(to_codes, to_proper, to_base) > EXPLAINED * own_noise:
         return facts  # another quantizer, with other codes
     return replace(facts, is_erased=to_codes < EXPLAINED * min(to_proper, to_base))
+
+
+def _nonfinite(tensor: torch.Tensor) -> int:
+    """How many values are not finite."""
+    values = tensor.reshape(-1)
+    parts = (values[start : start + BLOCK] for start in range(0, len(values), BLOCK))
+    return len(values) - sum(int(part.isfinite().count_nonzero()) for part in parts)
 
 
 def _squares(values: torch.Tensor) -> torch.Tensor:
