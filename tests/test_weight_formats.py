@@ -15,7 +15,7 @@ from merge_gate.records.options import RunOptions
 from merge_gate.records.report import AdapterReport
 from merge_gate.run.flow import run_gate
 from tests.support.all_faults import FAULTS, HEALTHY
-from tests.support.cases import lay_out, told, write_config_file
+from tests.support.cases import Judged, lay_out, told, write_config_file
 from tests.support.faults import ALLOW_PICKLE
 from tests.support.models import ADAPTER_WEIGHTS, Shelf, read_tensors
 
@@ -47,7 +47,7 @@ def pickled(shelf: Shelf, tmp_path_factory: pytest.TempPathFactory) -> Mapping[s
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_the_container_does_not_change_the_verdict(case, judged, pickled) -> None:
+def test_the_container_does_not_change_the_verdict(case, judged: Judged, pickled) -> None:
     safe = judged.reports[case.name]
     if case.name not in pickled:  # what is broken is the container itself
         assert safe.cause in {"file-corrupt", "file-missing", "file-lfs-pointer", "pickle-refused"}, told(safe)
