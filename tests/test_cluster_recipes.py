@@ -65,7 +65,7 @@ def test_each_mount_has_its_volume_and_outputs_are_mounted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PODS)
-def test_the_command_is_one_of_this_version_and_secrets_are_named(name: str) -> None:
+def test_the_command_is_of_this_version_and_secrets_are_named(name: str) -> None:
     _, container = PODS[name]
     (token,) = container["env"]
     assert token["valueFrom"]["secretKeyRef"] == {"name": "merge-gate-hub", "key": "token", "optional": True}

@@ -127,7 +127,7 @@ def test_a_name_that_is_too_long_is_refused_at_its_place(place: Path) -> None:
     assert one(place, f"./{'n' * 200}").name == "n" * 200
 
 
-def test_the_file_is_known_by_its_digest_and_every_check_has_a_setting(place: Path) -> None:
+def test_a_file_has_a_digest_and_every_check_a_setting(place: Path) -> None:
     config = load(place, LIST)
     assert config.sha256 == hashlib.sha256(LIST.encode()).hexdigest()
     assert [setting.check for setting in config.adapters[0].checks] == list(CHECKS)

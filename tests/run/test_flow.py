@@ -278,7 +278,7 @@ def test_the_options_that_are_meant_can_go_to_a_shell(place: Path) -> None:
     assert caught.value.hint.endswith(" --only good --only '$(id)'")
 
 
-def test_only_a_combination_finds_its_members_though_its_base_has_no_digest(place, monkeypatch) -> None:
+def test_a_combination_alone_finds_members_without_a_digest(place, monkeypatch) -> None:
     """A digest that cannot be taken costs the digest only."""
 
     def fail(*_: object) -> str:

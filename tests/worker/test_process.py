@@ -57,7 +57,7 @@ def test_python_paths_that_lead_into_the_checkout_are_dropped(tmp_path: Path, cw
     assert "PYTHONPATH" not in child_environment({})
 
 
-def test_variables_of_libraries_are_passed_on_if_they_change_no_figure() -> None:
+def test_variables_of_libraries_pass_if_they_change_no_figure() -> None:
     """Without those of the linker, of threads, and of devices, a user's torch does not load or is slow."""
     names = ["PATH", "HOME", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "LC_ALL"]
     own = SLEEPING_THREADS | REUSE

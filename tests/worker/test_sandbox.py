@@ -170,7 +170,7 @@ def test_code_of_a_base_is_held_and_the_report_says_by_what(confined: Confined) 
     assert stat.S_IMODE(after.st_mode) == 0o600
 
 
-def test_code_of_a_base_runs_within_it_and_its_caches_are_the_workers(confined: Confined) -> None:
+def test_code_of_a_base_runs_within_it_with_the_workers_caches(confined: Confined) -> None:
     """A library that may not make the directory of its cache fails while it is imported, and with it the adapter."""
     report, place, _ = confined
     assert [one["verdict"] for one in report["adapters"] if one["name"] == "loads"] == ["passed"], report["said"]

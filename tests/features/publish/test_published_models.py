@@ -152,7 +152,7 @@ def test_two_tensors_that_config_json_ties_are_an_error(added: Path, shelf: Shel
     assert (report.verdict, report.cause) == (Verdict.FAILED, "tied")
 
 
-def test_notes_name_rows_that_an_adapter_needs_and_an_unused_head(added: Path) -> None:
+def test_notes_name_rows_of_an_adapter_and_an_unused_head(added: Path) -> None:
     report = json.loads((added / "merge-gate-report" / "report.json").read_text())
     hints = {one["name"]: [note["hint"] for note in one["findings"]] for one in report["adapters"]}
     (hint,) = hints.pop("more-rows")

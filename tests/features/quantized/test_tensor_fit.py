@@ -92,7 +92,7 @@ def test_a_merge_into_codes_is_recognized(make, expected: bool) -> None:
     assert facts.own_noise == pytest.approx(facts.noise, rel=0.1)
 
 
-def test_the_bend_of_a_merge_into_codes_shows_without_its_quantizer() -> None:
+def test_the_bend_of_a_merge_into_codes_needs_no_quantizer() -> None:
     base, delta = base_and_delta(0.1)
     codes = measured(base, delta, quantized(quantized(base, Type.Q4_0) + delta, Type.Q4_0))
     half = measured(base, delta, quantized(base + 0.5 * delta, Type.Q4_0))
