@@ -210,3 +210,12 @@ def test_factors_of_rotary_embeddings_are_compared(factor: float | None, actual:
     release = opened(model, "llama", tensors)
     assert [setting.actual for setting in release.settings] == ([actual] if actual else [])
     assert release.added == ()
+
+
+def test_factors_of_unknown_rotary_embeddings_are_not_compared(opened: Open) -> None:
+    """llama.cpp's converter adds such a tensor for Gemma 4."""
+    model = model_of(LlamaConfig(**SIZES))
+    model.config.rope_parameters = {"rope_type": "proportional", "rope_theta": 10_000.0}
+    tensors = tensors_of(model, "llama") | {"rope_freqs.weight": (torch.full((8,), 1e30), Type.F32)}
+    release = opened(model, "llama", tensors)
+    assert (release.added, release.settings) == ((), ())

@@ -35,6 +35,7 @@ _UNUSED_KEYS = {"context_length", "vocab_size", "feed_forward_length", "decoder_
 """Keys that change nothing, that the shapes show, or whose values the config has under other names."""
 
 _SAME = 1e-5
+_PLAIN_ROPE = {"default", "llama3"}
 _SAME_ROPE, _MOST_FACTORS = 1e-3, 4_096
 _FREQUENCIES = 10_000.0
 """llama.cpp's rope.freq_base for a file without it."""
@@ -186,7 +187,7 @@ def differing_settings(header: GgufHeader, config: Any) -> Iterator[Setting]:
     if kind in {"linear", "yarn"}:
         expected |= {"rope.scaling.type": kind, "rope.scaling.factor": rope.get("factor")}
         defaults["rope.scaling.factor"] = 1.0
-    elif kind in {"default", "llama3"}:
+    elif kind in _PLAIN_ROPE:
         expected["rope.scaling.type"] = "none"
     for key, value in expected.items():
         actual = header.keys.get(f"{architecture}.{key}", defaults.get(key))
@@ -207,9 +208,11 @@ def _rope(config: Any) -> Mapping[str, Any]:
     return rope.get("full_attention", rope)  # type: ignore[no-any-return] # the config is untyped
 
 
-def rope_factors(config: Any) -> dict[str, torch.Tensor]:
-    """The tensors that llama.cpp's converter adds for this config."""
+def rope_factors(config: Any) -> dict[str, torch.Tensor] | None:
+    """The tensors that llama.cpp's converter adds for this config; None if that is not known, as for Gemma 4."""
     rope = _rope(config)
+    if rope.get("rope_type", "default") not in {*_PLAIN_ROPE, "linear", "yarn", "dynamic", "longrope"}:
+        return None
     factors = {name: torch.tensor(rope[key]) for name, key in _ROPE.items() if key and isinstance(rope.get(key), list)}
     if rope.get("rope_type") == "llama3":
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))

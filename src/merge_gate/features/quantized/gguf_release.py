@@ -103,7 +103,9 @@ class GgufRelease:
 
     def _differing_rope(self, config: Any) -> Iterator[Setting]:
         """The factors of rotary embeddings, if they are not those of the base's config."""
-        wanted, stored = rope_factors(config), self._names.rope
+        stored = self._names.rope
+        if (wanted := rope_factors(config)) is None:
+            return
         for name in {**wanted, **stored}:
             actual = self._values(stored[name]) if name in stored else None
             if (setting := differing_factors(name, wanted.get(name), actual)) is not None:
