@@ -90,9 +90,9 @@ def test_a_second_build_is_the_first_one(card: Path) -> None:
     assert build.library() == card
 
 
-def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.delenv("CXX", raising=False)
+def test_a_missing_compiler_is_named(variables, tmp_path: Path) -> None:
+    variables["PATH"] = str(tmp_path)
+    variables.pop("CXX", None)
     with pytest.raises(build.NoCompilerError, match="install g"):
         build.library(tmp_path)
 

@@ -128,10 +128,10 @@ def test_over_a_socket_file_the_token_arrives(run: ContainerRun) -> None:
 
 
 def test_over_tls_with_a_client_certificate_it_arrives_too(
-    run, tls_engine: str, certificates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run, tls_engine: str, certificates: Path, tmp_path: Path, variables
 ) -> None:
     """Also where a company's authorities stand in the environment: they are not the engine's."""
-    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(certificates / "client.pem"))
+    variables["REQUESTS_CA_BUNDLE"] = str(certificates / "client.pem")
     folder = of_a_client(certificates, tmp_path / "tls")
     tls = {"DOCKER_HOST": tls_engine, "DOCKER_TLS_VERIFY": "1", "DOCKER_CERT_PATH": str(folder)}
     check_that_the_token_arrives(replace(run, environ={**run.environ, **tls}))

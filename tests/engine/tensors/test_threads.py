@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -86,12 +87,15 @@ def test_one_item_and_none_need_no_thread(two_threads: None) -> None:
         ("200000", "", 6),
     ],
 )
-def test_the_number_of_threads(quota, wanted, expected, tmp_path, variables, monkeypatch) -> None:
+def test_the_number_of_threads(quota, wanted, expected, tmp_path, variables) -> None:
     if quota is not None:
         (tmp_path / "cpu.max").write_text(quota, encoding="latin-1")
     variables["OMP_NUM_THREADS"] = wanted
-    cores = set(range(6))
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
-    assert threads(str(tmp_path / "cpu.max")) == expected
-    cores |= set(range(200))
-    assert threads(str(tmp_path / "cpu.max")) == (MOST_THREADS if expected == len(range(6)) else expected)
+    assert threads(str(tmp_path / "cpu.max"), cores=6) == expected
+    assert threads(str(tmp_path / "cpu.max"), cores=200) == (MOST_THREADS if expected == 6 else expected)
+
+
+def test_cores_that_this_process_may_not_use_get_no_thread() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(os.sched_setaffinity, 0, {min(os.sched_getaffinity(0))}).result()
+        assert pool.submit(threads, "/nowhere").result() == 1

@@ -30,9 +30,10 @@ AHEAD = 16
 """Items per thread that are in progress before the first result. A slow item then blocks no thread."""
 
 
-def threads(quota_file: str = "/sys/fs/cgroup/cpu.max") -> int:
+def threads(quota_file: str = "/sys/fs/cgroup/cpu.max", cores: int | None = None) -> int:
     """Cores that this process may use: the least of its affinity, the container's quota, and OMP_NUM_THREADS."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     counts = [cores, MOST_THREADS]
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdecimal() and int(wanted):
