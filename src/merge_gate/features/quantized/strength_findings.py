@@ -27,7 +27,7 @@ from merge_gate.records.terms import Finding, Origin
 MOST_ERROR, LEAST_STRENGTH = 0.25, 0.9
 """Above this error, 0 and 1 cannot be told apart. Below this strength, rounding may have erased the delta."""
 
-CHANCE, POOLED_ERRORS, LEAST_BEND = 0.01, 3.0, 5.0
+CHANCE, POOLED_ERRORS, LEAST_BEND = 0.01, 3.0, 4.0
 """How often errors of right merges exceed the limit in all tensors together; limits in standard errors."""
 
 FACTOR_TOLERANCE = 0.05
