@@ -1,4 +1,4 @@
-"""Right and wrong merges in GGUF files are named: a sample in `make test`, and all in `make sweeps`."""
+"""Right and wrong merges in GGUF files are named: a sample in `make test`, some in `make sweeps`, and all by night."""
 
 from __future__ import annotations
 
@@ -24,6 +24,13 @@ SAMPLE = {(Type.Q4_0, "lora", 0.03, fault) for fault in FAULTS} | {(Type.Q8_0, "
 CASES = [(kind, method, share, fault) for kind in TYPES for method in METHODS for share in SHARES for fault in FAULTS]
 
 
+def marks(case: tuple[Type, str, float, str]) -> list[pytest.MarkDecorator]:
+    _, method, share, _ = case
+    if case in SAMPLE:
+        return []
+    return [pytest.mark.slow if (method, share) == ("lora", 0.03) else pytest.mark.nightly]
+
+
 def released(bench: Bench, fault: str, method: str, share: float, kind: Type, path: Path) -> list[Finding]:
     tensors = bench.faulty(fault, method, share, partial(roundtrip, kind=kind))
     write_llama(path, tensors, bench.model().config, kind, Type.Q8_0)
@@ -35,7 +42,7 @@ def released(bench: Bench, fault: str, method: str, share: float, kind: Type, pa
 
 @pytest.mark.parametrize(
     ("kind", "method", "share", "fault"),
-    [pytest.param(*case, marks=[] if case in SAMPLE else [pytest.mark.slow]) for case in CASES],
+    [pytest.param(*case, marks=marks(case)) for case in CASES],
     ids=str,
 )
 def test_each_release_has_its_kind(

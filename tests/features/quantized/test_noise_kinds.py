@@ -17,6 +17,14 @@ CASES = [
 ]
 
 
+def marks(case: tuple[str, str, float, str]) -> list[pytest.MarkDecorator]:
+    """A sample in `make test`, LoRA of one size in `make sweeps`, and all by night."""
+    _, method, share, _ = case
+    if case in SAMPLE:
+        return []
+    return [pytest.mark.slow if (method, share) == ("lora", 0.03) else pytest.mark.nightly]
+
+
 class IntoCodes:
     """Quantizes a weight when it is called first, and rounds the next values to its grid. `grids` is by these."""
 
@@ -36,7 +44,7 @@ class IntoCodes:
 
 @pytest.mark.parametrize(
     ("quantizer", "method", "share", "fault"),
-    [pytest.param(*case, marks=[] if case in SAMPLE else [pytest.mark.slow]) for case in CASES],
+    [pytest.param(*case, marks=marks(case)) for case in CASES],
 )
 def test_each_release_has_its_kind(bench: Bench, quantizer: str, method: str, share: float, fault: str) -> None:
     into_codes = IntoCodes(quantizer)
