@@ -19,6 +19,7 @@ from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.features.quantized.folds import ROWS, Folds
 from merge_gate.features.quantized.layouts import LAYOUTS, Declared, Grid, Layout, LayoutError, Weight
+from merge_gate.features.quantized.measurement import Setting
 from merge_gate.features.quantized.quantization_settings import read_settings
 from merge_gate.features.verify.finished_model import Files
 from merge_gate.files.base_formats import KNOWN_NAMES
@@ -105,6 +106,7 @@ class Checkpoint:
         kinds = Counter(map(self.kind, self._parts))
         title = {"bitsandbytes": "bitsandbytes", "mlx": "MLX"}.get(method) or KNOWN_NAMES[method.removesuffix("_v2")]
         self.format = f"{title} ({'; '.join(kind for kind, _ in kinds.most_common(3))})"
+        self.settings: tuple[Setting, ...] = ()
         self.added = tuple(name for name in others if not self._is_zero_bias(name))
 
     def __contains__(self, name: str) -> bool:

@@ -29,7 +29,7 @@ from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
 from merge_gate.engine.consumer import Consumer, Outline, WholeTensors
 from merge_gate.features.quantized.checkpoint import Checkpoint, open_checkpoint
-from merge_gate.features.quantized.measurement import Measurement, Setting, TensorStrength
+from merge_gate.features.quantized.measurement import Measurement, TensorStrength
 from merge_gate.features.quantized.release import Release, is_near
 from merge_gate.features.quantized.release_flow import GGUF
 from merge_gate.features.quantized.tensor_fit import fitted
@@ -100,7 +100,7 @@ class ByModelNames:
 
     def __init__(self, release: Checkpoint, mapping: TensorMap, aliases: Collection[str] = ()) -> None:
         self._release, self.format = release, release.format
-        self.added, self.settings = release.added, tuple[Setting, ...]()
+        self.added, self.settings = release.added, release.settings
         for source in (source for group in mapping.groups if group.conversion != RENAMED for source in group.sources):
             shape, expected = release.shape(source) if source in release else None, mapping.stored[source].shape
             if shape not in {None, tuple(expected)}:

@@ -70,9 +70,12 @@ class Folds:
         if len(self._shapes.get(owner, ())) == 2:  # noqa: PLR2004 - the bias of a layer
             return values / self.factors(owner)[0]
         members = self._changed_norms(name) and [other for other in self._shapes if _block(other) == _block(name)]
-        scales = dict(filter(None, map(self._norm_of, members))).get(owner)
-        if scales is None:
+        scaled = {
+            member: by_norm[1] for member in members if (by_norm := self._norm_of(member)) and by_norm[0] == owner
+        }
+        if not scaled or any(self._lacks(member, *item) for item in scaled.items() for member in members):
             return values
+        scales = next(iter(scaled.values()))
         return self._base(name, 0) if name == owner else values * scales
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -124,6 +127,17 @@ class Folds:
                         if error < least and bool((scales > 0).all()):
                             least, self._by_norm[name] = error, (norm, scales)
         return self._by_norm[name]
+
+    def _lacks(self, name: str, scaled: str, scales: torch.Tensor) -> bool:
+        """Whether a layer has to have the scales that a layer next to it has, and does not have them."""
+        stem, leaf, _ = (".", *name.rsplit(".", 2))[-3:]
+        is_next = stem == (".", *scaled.rsplit(".", 2))[-3] and leaf not in PAIRS and self._norm_of(name) is None
+        if not is_next or self._shapes[name][1:] != tuple(scales.shape):
+            return False
+        base = self._base(name, 0)[:ROWS]
+        stored = self._release(name)[: len(base)]
+        errors = [float((stored / factors - base).square().sum()) for factors in (torch.ones(1), scales)]
+        return errors[0] < NEARER * errors[1]
 
     # --- 2. ----------------------------------------------------------------------------------------------------------
 

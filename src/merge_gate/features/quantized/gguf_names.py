@@ -34,6 +34,9 @@ _MORE_KEYS = {"expert_count": "num_local_experts", "expert_used_count": "num_exp
 _UNUSED_KEYS = {"context_length", "vocab_size", "feed_forward_length", "decoder_start_token_id", "expert_gating_func"}
 """Keys that change nothing, that the shapes show, or whose values the config has under other names."""
 
+_ROPE_FACTORS = ("rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor")
+"""llama.cpp scales linearly if a file has one of the first two without a type."""
+
 _SAME = 1e-5
 _PLAIN_ROPE = {"default", "llama3"}
 _SAME_ROPE, _MOST_FACTORS = 1e-3, 4_096
@@ -153,7 +156,7 @@ def _architecture(header: GgufHeader, config: Any) -> str:
         raise EngineError("the GGUF file is an adapter", hint="name the GGUF file of a merged model")
     if count:
         raise EngineError(
-            f"the GGUF file is part of {counted(count, 'file')}", hint="join them with `llama-gguf-split --merge`"
+            f"the GGUF file is part of {quoted(str(count), 20)} files", hint="join them with `llama-gguf-split --merge`"
         )
     known = {*of_transformers.GGUF_SUPPORTED_ARCHITECTURES, *of_transformers.TENSOR_PROCESSORS}
     if not isinstance(architecture, str) or architecture not in known - _NOT_READ:
@@ -187,8 +190,9 @@ def differing_settings(header: GgufHeader, config: Any) -> Iterator[Setting]:
     if kind in {"linear", "yarn"}:
         expected |= {"rope.scaling.type": kind, "rope.scaling.factor": rope.get("factor")}
         defaults["rope.scaling.factor"] = 1.0
+        expected["rope.scaling.original_context_length"] = rope.get("original_max_position_embeddings")
     elif kind in _PLAIN_ROPE:
-        expected["rope.scaling.type"] = "none"
+        expected |= {"rope.scaling.type": "none"} | dict.fromkeys(_ROPE_FACTORS, 1.0)
     for key, value in expected.items():
         actual = header.keys.get(f"{architecture}.{key}", defaults.get(key))
         is_compared = key not in _UNUSED_KEYS and actual is not None and isinstance(value, (str, int, float))

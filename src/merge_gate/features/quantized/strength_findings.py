@@ -81,10 +81,12 @@ class _Release:
     Attributes:
         touched, others: the tensors with a delta, and those without one.
         odd, far: those of them that have other values than base, delta, and noise explain.
+        has_nonfinite: whether a tensor has values that are not finite, and counts as neither.
     """
 
     def __init__(self, measurement: Measurement) -> None:
         known = _with_own_noise([tensor for tensor in measurement.tensors if not tensor.nonfinite])
+        self.has_nonfinite = len(known) < len(measurement.tensors)
         self.touched = [tensor for tensor in known if tensor.delta]
         self.others = [tensor for tensor in known if not tensor.delta]
         self.parts = [tensor for tensor in self.touched if math.isfinite(tensor.error)]
@@ -206,9 +208,9 @@ def _kind(release: _Release, candidates: Mapping[str, _Release], adapter: str, c
             return finding("other-candidate", message, **release.figures)
     if math.isinf(release.pooled.error):
         why = "its delta is parallel to the weights, and quantizers scale these too"
-        return finding(
-            "not-measurable", f"{adapter} cannot be measured: {why if release.touched else 'it changes nothing'}"
-        )
+        if not release.touched:
+            why = "no tensor that it changes has only finite values" if release.has_nonfinite else "it changes nothing"
+        return finding("not-measurable", f"{adapter} cannot be measured: {why}")
     if release.is_vague:
         message = f"{adapter} cannot be measured: it is at {at}; {release.noise}"
         return finding("not-measurable", message, **release.figures)

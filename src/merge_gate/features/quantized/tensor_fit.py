@@ -46,11 +46,13 @@ LEAST_NORMS, SAME_NORMS = 16, 0.8
 EXPLAINED = 0.5
 """A quantized tensor explains another one that is nearer to it than to others by this factor."""
 
-ROUNDED, LEAST_NOISE = 2**-8, 1e-6
-"""What rounding to bfloat16 may add to the noise of a value, and what the noise of the tensor adds to that of a row."""
+ROUNDED, LEAST_NOISE, LEAST_ROW = 2**-8, 0.1, 0.01
+"""What rounding to bfloat16 may add to the noise of a value; and what the mean squares of the rows add to the noise and
+the values of a row: scales of blocks suit larger rows."""
 
-SURE_ERRORS = 3.0
-"""A loss of the delta counts if it is larger than so many standard errors."""
+SURE_ERRORS, OTHER_QUANTIZER = 3.0, 0.02
+"""A loss of the delta counts if it is larger than so many standard errors. If the release has other codes than the
+quantization that is repeated, its quantizer may take so much more or less of some deltas."""
 
 FIGURES = ("numel", "strength", "error", "scale", "scale_error", "weight", "delta", "noise", "distance", "bend")
 """What a fit knows, and `TensorStrength` has."""
@@ -197,7 +199,7 @@ def fitted(  # noqa: PLR0917
     again, rows = _Fit(base, merged, proper, dtype), _squares(expected)
     own, noise = again.noise_of_rows() + ROUNDED**2 * rows, fit.noise_of_rows()
     own += LEAST_NOISE * own.mean()
-    shares = noise / (rows + LEAST_NOISE * rows.mean())
+    shares = noise / (rows + LEAST_ROW * rows.mean())
     is_unlike = float(shares.max()) > max(UNLIKE, MOST_SHARES * float(shares.median()))
     noise = torch.maximum(noise, own)
     far, usual = fit.chances(noise), again.chances(own)
@@ -225,7 +227,7 @@ def fitted(  # noqa: PLR0917
         return facts
     to_codes, to_proper, to_base = (float((actual - values).norm()) for values in (into_codes, proper, of_base))
     if min(to_codes, to_proper, to_base) > EXPLAINED * own_noise:
-        return facts  # another quantizer, with other codes
+        return replace(facts, error=math.hypot(facts.error, OTHER_QUANTIZER))
     return replace(facts, is_erased=to_codes < EXPLAINED * min(to_proper, to_base))
 
 
