@@ -18,7 +18,7 @@ from merge_gate._internal.errors import EngineError
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.features.quantized.folds import ROWS, Folds
-from merge_gate.features.quantized.layouts import LAYOUTS, Declared, Grid, Layout, LayoutError, Weight
+from merge_gate.features.quantized.layouts import LAYOUTS, DeclaredGrid, Grid, Layout, LayoutError, Weight
 from merge_gate.features.quantized.measurement import Setting
 from merge_gate.features.quantized.quantization_settings import read_settings
 from merge_gate.features.verify.finished_model import Files
@@ -74,7 +74,7 @@ class Checkpoint:
         base: Files,
         of_base: Mapping[str, StoredTensor],
         method: str,
-        declared: Declared,
+        declared: DeclaredGrid,
         head: int,
     ) -> None:
         self._feed, self._method, self._declared = files.feed, method, declared

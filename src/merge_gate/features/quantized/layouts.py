@@ -46,7 +46,7 @@ class LayoutError(Exception):
     """The parts do not fit. The text continues a sentence that begins with the name of the weight."""
 
 
-class Declared(NamedTuple):
+class DeclaredGrid(NamedTuple):
     """What is declared of the weights; nothing if it is empty or None. Engines rely on it instead of the weights.
 
     `bits` are the numbers of bits that a code may have, and `blocks` the rows and columns that may share a scale.
@@ -71,7 +71,7 @@ class Weight(NamedTuple):
     """A weight of shape (rows, columns), what is declared of it, and its method."""
 
     shape: tuple[int, int]
-    declared: Declared
+    declared: DeclaredGrid
     method: str
 
 
@@ -326,7 +326,7 @@ def _blocks(weight: Weight, parts: Parts) -> Grid:
         scales = parts["weight.nested_quant_map"].view(256)[scales.int()]
         scales = scales * nested.repeat_interleave(size)[: len(scales)] + offset
     size = _block_size(count, len(scales))
-    in_blocks = Weight((len(scales), size), Declared(bits=weight.declared.bits), weight.method)
+    in_blocks = Weight((len(scales), size), DeclaredGrid(bits=weight.declared.bits), weight.method)
     grid = _grid(in_blocks, pairs.flip(1).view(-1, size), scales.view(-1, 1), 0, 4)
     return grid._replace(table=table)
 

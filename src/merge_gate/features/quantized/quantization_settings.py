@@ -1,6 +1,6 @@
 """What config.json declares of a quantized release: the method, and what the stored weights have to agree with.
 
-In: the config.json of a directory, which is hostile. Out: a key of `LAYOUTS`, and `Declared`. Reads no weights.
+In: the config.json of a directory, which is hostile. Out: a key of `LAYOUTS`, and `DeclaredGrid`. Reads no weights.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merge_gate.features.quantized.layouts import LAYOUTS, WHOLE, Declared, LayoutError
+from merge_gate.features.quantized.layouts import LAYOUTS, WHOLE, DeclaredGrid, LayoutError
 from merge_gate.files.base_formats import KNOWN_NAMES
 from merge_gate.files.headers import shown
 from merge_gate.files.json_object import read_as_transformers
@@ -18,7 +18,7 @@ _PACKED = {"pack-quantized", "int-quantized", "float-quantized", "naive-quantize
 _KEYS = ("quantization_config", "compression_config", "quantization")
 
 
-def read_settings(directory: str) -> tuple[str, Declared, int]:
+def read_settings(directory: str) -> tuple[str, DeclaredGrid, int]:
     """The key of `LAYOUTS`, what is declared, and the columns of an attention head; 1 if these are not known.
 
     Raises:
@@ -72,7 +72,7 @@ def _objects(value: Any) -> Iterator[dict[str, Any]]:
         yield from (part for part in value.values() if isinstance(part, dict))
 
 
-def _declared(settings: Mapping[str, Any], method: str) -> Declared:
+def _declared(settings: Mapping[str, Any], method: str) -> DeclaredGrid:
     """The settings of all weights. Some may have others, such as a layer in more bits: each has one of those named."""
     if method == "compressed-tensors":
         parts = [part["weights"] for part in _objects(settings.get("config_groups")) if _is_object(part.get("weights"))]
@@ -85,7 +85,7 @@ def _declared(settings: Mapping[str, Any], method: str) -> Declared:
     symmetry |= {not part["zero_point"] for part in parts if "zero_point" in part and method == "awq"}
     orders = {bool(part["desc_act"]) for part in parts if "desc_act" in part}
     orders |= {part["actorder"] in ("group", "dynamic", True) for part in parts if "actorder" in part}
-    return Declared(
+    return DeclaredGrid(
         bits=frozenset(bits | {count for count, flag in flags.items() if flag}),
         blocks=tuple(dict.fromkeys(block for part in parts for block in _blocks(part, method))),
         is_symmetric=symmetry.pop() if len(symmetry) == 1 else None,
