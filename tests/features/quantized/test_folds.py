@@ -79,6 +79,15 @@ def test_a_trained_norm_is_kept(tmp_path: Path) -> None:
     assert torch.equal(release.read(norm), trained[norm].bfloat16().float())
 
 
+def test_the_scales_of_a_norm_stay_if_a_layer_lacks_them(tmp_path: Path) -> None:
+    own, key = base(), f"{BLOCK}self_attn.k_proj.weight"
+    moved_scales = folded({name: tensor.float() for name, tensor in own.items()})
+    release = opened(tmp_path, quantized(moved_scales | {key: own[key].float()}, 4), own, SETTINGS, **CONFIG)
+    for norm, is_undone in (("input_layernorm", False), ("post_attention_layernorm", True)):
+        name = f"{BLOCK}{norm}.weight"
+        assert torch.equal(release.read(name), own[name].float()) is is_undone, norm
+
+
 def test_other_values_are_quantized_with_the_scales(tmp_path: Path) -> None:
     own = base()
     release, deltas = released(tmp_path, own, "lora")

@@ -175,12 +175,25 @@ def test_tensors_that_the_base_does_not_have_are_named(opened: Open) -> None:
         ("attention.layer_norm_rms_epsilon", 1e-5, "1e-06"),
         ("rope.freq_base", 500_000.0, "10000.0"),
         ("rope.freq_base", float("nan"), "10000.0"),
+        ("rope.scaling.factor", 8.0, "1.0"),
+        ("rope.scale_linear", 8.0, "1.0"),
     ],
 )
 def test_keys_that_differ_from_the_config_are_named(key: str, value: float, expected: str, opened: Open) -> None:
     model = model_of(LlamaConfig(**SIZES))
     release = opened(model, "llama", tensors_of(model, "llama"), keys_of(model.config) | {key: value})
     assert [(setting.name, setting.expected) for setting in release.settings] == [(f"llama.{key}", expected)]
+
+
+def test_a_type_that_nothing_quantizes_has_noise_for_its_bits(opened: Open) -> None:
+    model, name = model_of(LlamaConfig(**SIZES | {"hidden_size": 256})), "model.embed_tokens.weight"
+    release = opened(model, "llama", tensors_of(model, "llama"))
+    (tensor,) = release._tensors[name]
+    release._tensors = {name: (tensor._replace(type=Type.IQ3_S.value, size_bytes=tensor.shape[0] * 110),)}
+    values = model.get_input_embeddings().weight.detach().float()
+    again = release.requantized(name, values)
+    assert again is not None
+    assert 0.03 < float((again - values).norm() / values.norm()) < 0.3
 
 
 def test_a_key_that_llama_cpp_takes_as_a_default_is_compared(opened: Open) -> None:
