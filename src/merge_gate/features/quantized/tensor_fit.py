@@ -214,10 +214,6 @@ def fitted(  # noqa: PLR0917
         uneven=uneven,
         changed=int((of_base != actual).count_nonzero()) / max(1, fit.numel),
     )
-    if abs(facts.strength) > UNLIKE and not math.isinf(facts.error):
-        lost = max(UNLIKE, again.strength / facts.strength)
-        if abs(lost - 1) > SURE_ERRORS * facts.error:
-            facts = replace(facts, strength=facts.strength / lost, error=facts.error / lost)
     # 5.
     if (
         not outline.kind
@@ -228,6 +224,10 @@ def fitted(  # noqa: PLR0917
     to_codes, to_proper, to_base = (float((actual - values).norm()) for values in (into_codes, proper, of_base))
     if min(to_codes, to_proper, to_base) > EXPLAINED * own_noise:
         return replace(facts, error=math.hypot(facts.error, OTHER_QUANTIZER))
+    if abs(facts.strength) > UNLIKE:
+        lost = max(UNLIKE, again.strength / facts.strength)
+        if abs(lost - 1) > SURE_ERRORS * facts.error:
+            facts = replace(facts, strength=facts.strength / lost, error=facts.error / lost)
     return replace(facts, is_erased=to_codes < EXPLAINED * min(to_proper, to_base))
 
 
