@@ -35,6 +35,12 @@ def half_of_the_rows(tensors: Tensors, base: Tensors) -> None:
         tensors[name] += torch.cat((delta[:half], -delta[half:]))
 
 
+def half_of_the_columns(tensors: Tensors, base: Tensors) -> None:
+    for name in (QUERY, DOWN):
+        delta, half = tensors[name] - base[name], base[name].shape[1] // 2
+        tensors[name] += torch.cat((delta[:, :half], -delta[:, half:]), 1)
+
+
 def scaled(tensors: Tensors, _: Tensors) -> None:
     tensors[QUERY] *= 1.06
 
@@ -65,6 +71,7 @@ ALTERED: tuple[tuple[Alter, str], ...] = (
     (empty_row, "unexplained"),
     (one_value, "unexplained"),
     (half_of_the_rows, "unexplained"),
+    (half_of_the_columns, "unexplained"),
     (scaled, "unexplained"),
     (row_of_embedding, "base-changed"),
     (noisy_embedding, "base-changed"),

@@ -38,8 +38,8 @@ class TensorStrength:
         own_scale: a of the quantized W + kD.
         loudest: how many times its own noise the noise of a row is, in the row where it is most; Inf if that row does
             not resemble the base's.
-        uneven: how far strengths of rows differ from k, against those of the repeated quantization; the larger ratio of
-            the mean and of the largest squares, in variances. About 1 if each row has the same k.
+        uneven: how far strengths of rows or columns differ from k, against those of the repeated quantization; the
+            largest ratio of the mean and of the largest squares, in variances. About 1 if each has the same k.
         changed: the share of values that differ from W, quantized in this format; None if it cannot be repeated.
         is_erased: whether Q is nearer to a merge into that quantized W than to the quantized merge and to that W; None
             if unknown.

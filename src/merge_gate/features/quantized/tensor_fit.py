@@ -64,10 +64,11 @@ _W, _D, _E, _Y, _LARGE = range(_VECTORS)
 
 
 class _Products:
-    """Step 1: the products of the vectors, for each row and with shuffled rows of D."""
+    """Step 1: the products of the vectors: for each row and each column (`along`), and with shuffled rows of D."""
 
     def __init__(self, base: torch.Tensor, merged: torch.Tensor, actual: torch.Tensor, dtype: torch.dtype) -> None:
         by_row, self.shuffled = [], torch.zeros(SHUFFLES, _VECTORS, dtype=torch.float64)
+        by_column = torch.zeros(base[0].numel() if len(base) else 0, _VECTORS, _VECTORS, dtype=torch.float64)
         random = torch.Generator().manual_seed(0)
         for rows in _blocks(base):
             w, m, q = (tensor[rows].double().flatten(1) for tensor in (base, merged, actual))
@@ -75,11 +76,12 @@ class _Products:
             is_large = d.abs() > LARGE * d.square().mean().sqrt()
             vectors = torch.stack((w, d, e, q - w, d * is_large), 1)
             by_row.append(vectors @ vectors.mT)
+            by_column += vectors.permute(2, 1, 0) @ vectors.permute(2, 0, 1)
             if bool(d.any()):
                 others = [d[torch.randperm(len(d), generator=random)] for _ in range(SHUFFLES)]
                 self.shuffled += (torch.stack(others, 1) @ vectors.mT).sum(0)
-        self.by_row = torch.cat(by_row)
-        self.total = self.by_row.sum(0)
+        self.along = torch.cat(by_row), by_column
+        self.total = by_column.sum(0)
 
     def norm(self, which: int) -> float:
         return math.sqrt(max(0.0, float(self.total[which, which])))
@@ -101,11 +103,11 @@ class _Products:
         """Steps 2 and 3: the factor of a combination in another one, and its standard error."""
         size = self.product(along, along)
         factor = self.product(of, along) / size
-        residual, count = of - factor * along, len(self.by_row)
+        residual, by_row = of - factor * along, self.along[0]
         variances = (
             max(0.0, self.product(residual, residual)) / max(1, numel - FITTED) * size,
-            float(torch.einsum("i,rij,j->r", residual, self.by_row, along).square().sum())
-            * (count / max(1, count - FITTED)),
+            float(torch.einsum("i,rij,j->r", residual, by_row, along).square().sum())
+            * (len(by_row) / max(1, len(by_row) - FITTED)),
             float((self.shuffled @ residual).square().mean()),
         )
         return factor, math.sqrt(max(variances)) / size
@@ -149,23 +151,23 @@ class _Fit:
             bend, error = products.factor(self.residual, large, self.numel)
             self.bend = bend / error if error else 0.0
 
-    def noise_of_rows(self) -> torch.Tensor:
-        """The squares of the residuals of the rows."""
-        return torch.einsum("i,rij,j->r", self.residual, self.products.by_row, self.residual).clamp(min=0)
+    def squares(self, vector: torch.Tensor, axis: int) -> torch.Tensor:
+        """The square of a combination of vectors in each row, or in each column."""
+        return torch.einsum("i,rij,j->r", vector, self.products.along[axis], vector).clamp(min=0)
 
-    def chances(self, noise: torch.Tensor) -> torch.Tensor:
-        """How far the strength of each row is from k: squares, in variances for noise of this square in the row.
+    def chances(self, noise: torch.Tensor, axis: int) -> torch.Tensor:
+        """How far the strength of each row or column is from k: squares, in variances for noise of this square in it.
 
-        A variance allows for a factor of the row's own values, which differs from a by half the tolerance.
+        A variance allows for a factor of its own values, which differs from a by half the tolerance.
         """
         if self.along is None:
             return noise.new_zeros(1)
-        by_row = self.products.by_row
+        products, count = self.products.along[axis], self.numel / len(noise)
         of_noise, of_delta, of_weight = (
-            torch.einsum("i,rij,j->r", vector, by_row, self.along)
+            torch.einsum("i,rij,j->r", vector, products, self.along)
             for vector in (self.residual, self.along, torch.eye(_VECTORS).double()[_W])
         )
-        variance = of_delta.clamp(min=0) * noise / self.columns + (TOLERANCE / 2 * of_weight).square()
+        variance = of_delta.clamp(min=0) * noise / count + (TOLERANCE / 2 * of_weight).square()
         return (of_noise.square() / variance).nan_to_num(0.0, 0.0)
 
 
@@ -196,22 +198,16 @@ def fitted(  # noqa: PLR0917
     proper = requantized(expected) if fit.delta else of_base
     if proper is None:
         return facts
-    again, rows = _Fit(base, merged, proper, dtype), _squares(expected)
-    own, noise = again.noise_of_rows() + ROUNDED**2 * rows, fit.noise_of_rows()
-    own += LEAST_NOISE * own.mean()
-    shares = noise / (rows + LEAST_ROW * rows.mean())
-    is_unlike = float(shares.max()) > max(UNLIKE, MOST_SHARES * float(shares.median()))
-    noise = torch.maximum(noise, own)
-    far, usual = fit.chances(noise), again.chances(own)
-    largest = 2 * math.log(len(far) + 1)  # of as many squares by chance
-    uneven = max(float(far.mean() / usual.mean().clamp(min=1)), float(far.max() / usual.max().clamp(min=largest)))
+    again = _Fit(base, merged, proper, dtype)
+    whole = torch.tensor([1.0, times, 0.0, 0.0, 0.0]).double()
+    (own, loudest, uneven), (_, _, of_columns) = (_unlike(fit, again, whole, axis) for axis in (0, 1))
     own_noise = math.sqrt(float(own.sum()))
     facts = replace(
         facts,
         own_noise=own_noise,
         own_scale=again.scale,
-        loudest=math.inf if is_unlike else math.sqrt(float((noise / own).max())),
-        uneven=uneven,
+        loudest=loudest,
+        uneven=max(uneven, of_columns),
         changed=int((of_base != actual).count_nonzero()) / max(1, fit.numel),
     )
     # 5.
@@ -238,10 +234,18 @@ def _nonfinite(tensor: torch.Tensor) -> int:
     return len(values) - sum(int(part.isfinite().count_nonzero()) for part in parts)
 
 
-def _squares(values: torch.Tensor) -> torch.Tensor:
-    """The square of the norm of each row, in float64; of each value of a vector."""
-    norms: torch.Tensor = values.reshape(len(values), -1).norm(dim=1)
-    return norms.double().square()
+def _unlike(fit: _Fit, again: _Fit, whole: torch.Tensor, axis: int) -> tuple[torch.Tensor, float, float]:
+    """Step 4, for rows or columns: squares of the noise to expect, and how far noise and strength of one are off."""
+    sizes, noise = (fit.squares(vector, axis) for vector in (whole, fit.residual))
+    own = again.squares(again.residual, axis) + ROUNDED**2 * sizes
+    own += LEAST_NOISE * own.mean()
+    shares = noise / (sizes + LEAST_ROW * sizes.mean())
+    is_unlike = float(shares.max()) > max(UNLIKE, MOST_SHARES * float(shares.median()))
+    noise = torch.maximum(noise, own)
+    far, usual = fit.chances(noise, axis), again.chances(own, axis)
+    largest = 2 * math.log(len(far) + 1)  # of as many squares by chance
+    uneven = max(float(far.mean() / usual.mean().clamp(min=1)), float(far.max() / usual.max().clamp(min=largest)))
+    return own, math.inf if is_unlike else math.sqrt(float((noise / own).max())), uneven
 
 
 def _is_rotated(scale: float, base: torch.Tensor, actual: torch.Tensor) -> bool:
