@@ -88,7 +88,6 @@ def test_wrong_arguments_raise(demo: Path, wording: Wording, cwd) -> None:
     os.chdir(demo)
     for names, options in (
         ([], {}),
-        ("adapters/none", {}),
         ("merge-gate.yml", {"base": "base"}),
         ("adapters/good", {"dtypes": ["fp16"]}),
         ("adapters/good", {"checks": {"no-efect": "off"}}),
@@ -96,6 +95,8 @@ def test_wrong_arguments_raise(demo: Path, wording: Wording, cwd) -> None:
     ):
         with wording.of(UsageError):
             gate(names, **options)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match='no such directory: "adapters/none"'):  # the rest depends on its path's length
+        gate("adapters/none")
     (demo / "broken.yml").write_text("version: 2\n")
     with pytest.raises(ConfigError):
         gate("broken.yml")
