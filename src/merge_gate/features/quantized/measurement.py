@@ -84,7 +84,7 @@ class Setting:
 class Measurement:
     """A release, compared with the merge of one adapter.
 
-    `absent` are tensors that the merge changes, and that the release lacks. `format` is what texts call its format.
+    `absent` are tensors that the release lacks. `format` is what texts call its format.
     `added` are tensors that the model does not have, and `settings` differ from those of the base.
     """
 

@@ -3,7 +3,7 @@
 In: a `Measurement`, those of other candidates, and the adapter's config. Out: findings. Imports no torch.
 
 1. The strengths of all tensors are pooled, weighted by their errors. If the error is too large, nothing is said.
-2. Residuals and untouched tensors that are further from the base than the noise of their format show another base.
+2. Tensors that are further from base and delta than the noise of their format show another base, or other changes.
 3. All strengths are 1, 0, or another factor, or some layers have none. Each comparison allows for its error.
 """
 
@@ -36,7 +36,7 @@ MOST_UNITS, MOST_USUAL = 3.0, 1.5
 many times what is usual for its kind."""
 
 MOST_OF_ROW, MOST_UNEVEN = 2.0, 4.0
-"""Limits of the noise of a row, against the limit of its tensor, and of the strengths of rows."""
+"""Limits of the noise of a row, against the limit of its tensor, and of the strengths of rows and columns."""
 
 UNLIKE, MOST_SHRUNK = 0.5, 0.1
 """Noise above this share of the weight's norm is too much if the noise to expect is unknown; and so much may formats of
@@ -193,8 +193,11 @@ def strength_findings(
         return
     yield _kind(release, {name: _Release(other) for name, other in candidates.items()}, adapter, config)
     if far:
-        what = f"{counted(len(far), 'tensor')} that the adapter does not touch differ from the base by more than noise"
-        yield finding("base-changed", f"{what}: {_listed(far)}", tensor=far[0].name, tensors=len(far))
+        what = counted(
+            len(far), "tensor that the adapter does not touch differs", "tensors that it does not touch differ"
+        )
+        message = f"{what} from the base by more than noise: {_listed(far)}"
+        yield finding("base-changed", message, tensor=far[0].name, tensors=len(far))
 
 
 def _kind(release: _Release, candidates: Mapping[str, _Release], adapter: str, config: AdapterConfig) -> Finding:
@@ -214,7 +217,7 @@ def _kind(release: _Release, candidates: Mapping[str, _Release], adapter: str, c
     if release.is_vague:
         message = f"{adapter} cannot be measured: it is at {at}; {release.noise}"
         return finding("not-measurable", message, **release.figures)
-    if odd and not release.is_erased:
+    if odd and (release.is_applied or not release.is_erased):
         what = counted(len(odd), "tensor that the adapter changes differs", "tensors that the adapter changes differ")
         message = f"{what} from the base by more than noise and delta, and the adapter is in this release at {at}"
         hint = "check the base and its revision: no candidate has these values" if candidates else ""
@@ -228,7 +231,7 @@ def _kind(release: _Release, candidates: Mapping[str, _Release], adapter: str, c
 
 def _unfit(measurement: Measurement) -> Iterator[Finding]:
     if absent := measurement.absent:
-        what = counted(len(absent), "tensor that the merge changes is", "tensors that the merge changes are")
+        what = counted(len(absent), "tensor of the model is", "tensors of the model are")
         names = listing([quoted(name, 120) for name in absent], LISTED)
         yield finding("not-carried", f"{what} not in the release: {names}", tensor=absent[0])
     if added := measurement.added:
@@ -241,7 +244,8 @@ def _unfit(measurement: Measurement) -> Iterator[Finding]:
         yield finding("config-differs", f"{what}, expected {quoted(setting.expected, 60)} as in the base", hint=hint)
     if bad := [tensor for tensor in measurement.tensors if tensor.nonfinite]:
         what = f"{counted(sum(tensor.nonfinite for tensor in bad), 'value')} of {counted(len(bad), 'tensor')}"
-        yield finding("nonfinite", f"{what} are NaN or Inf: {_listed(bad)}", tensor=bad[0].name)
+        hint = "verify the merged model; if its values are finite, quantize it again"
+        yield finding("nonfinite", f"{what} are NaN or Inf: {_listed(bad)}", tensor=bad[0].name, hint=hint)
     for tensor in [tensor for tensor in measurement.tensors if tensor.shape != tensor.expected_shape][:LISTED]:
         message = f"a tensor has the shape {list(tensor.shape)}, expected {list(tensor.expected_shape)} as in the merge"
         yield finding("shape-changed", message, tensor=tensor.name)
