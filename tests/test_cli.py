@@ -471,12 +471,12 @@ def test_a_path_is_found_in_a_locale_without_its_letters(place: Path) -> None:
 
 
 def test_check_can_be_interrupted(place: Path) -> None:
-    for number in range(3000):
+    for number in range(10_000):
         (place / "many" / f"adapter-{number:04}").mkdir(parents=True)
     configure(place, "./many/*")
     process = start("check", "gate.yml", cwd=place)
     memory = Path(f"/proc/{process.pid}/maps")
-    wait_until(lambda: b"_yaml" in memory.read_bytes(), process)  # it reads the configuration, and then 3,000 adapters
+    wait_until(lambda: b"_yaml" in memory.read_bytes(), process)  # it reads the configuration, and then 10,000 adapters
     process.send_signal(signal.SIGINT)
     assert process.wait(PATIENCE_S) == 3
     assert "Traceback" not in (place / "log").read_text()
