@@ -319,7 +319,7 @@ def random_copies(tensors: Tensors, base: Tensors, draw: random.Random) -> None:
         tensors[f"base_model.model.{module}.{targeted}{attribute}"] = values
 
 
-@pytest.mark.parametrize("trials", [8, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [8, pytest.param(300, marks=pytest.mark.nightly)])
 @pytest.mark.parametrize("kind", ["lora", "copies"])
 def test_no_random_adapter_returns_nan_unseen(kind: str, trials: int, shelf: Shelf, tmp_path: Path) -> None:
     """The others are those that `auto` leaves out: each of them is run, too."""

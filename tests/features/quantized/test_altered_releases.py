@@ -79,14 +79,14 @@ ALTERED: tuple[tuple[Alter, str], ...] = (
     (value_of_norm, "base-changed"),
     (without_embedding, "not-carried"),
 )
-QUANTIZERS = ("rounded", "gptq", "clipped", "float8")
+QUANTIZERS = {"rounded": "", "gptq": "slow", "clipped": "nightly", "float8": "nightly"}
 
 
 @pytest.mark.parametrize(
     ("alter", "expected", "quantizer"),
     [
-        pytest.param(*case, quantizer, marks=[] if quantizer == "rounded" else [pytest.mark.slow])
-        for quantizer in QUANTIZERS
+        pytest.param(*case, quantizer, marks=[getattr(pytest.mark, mark)] if mark else [])
+        for quantizer, mark in QUANTIZERS.items()
         for case in ALTERED
     ],
 )

@@ -65,7 +65,9 @@ def test_a_right_release_of_each_format_passes(name: str, bench: Bench, write: W
 @pytest.mark.parametrize(
     "method", ["lora", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("ia3", "dora"))]
 )
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(
+    "fault", [name if name in {"base", "codes"} else pytest.param(name, marks=pytest.mark.nightly) for name in FAULTS]
+)
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_fault_has_its_kind(name: str, fault: str, method: str, bench: Bench, write: Write) -> None:
     _, release = write(name, fault, method)

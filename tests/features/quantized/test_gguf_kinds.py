@@ -25,10 +25,9 @@ CASES = [(kind, method, share, fault) for kind in TYPES for method in METHODS fo
 
 
 def marks(case: tuple[Type, str, float, str]) -> list[pytest.MarkDecorator]:
-    _, method, share, _ = case
     if case in SAMPLE:
         return []
-    return [pytest.mark.slow if (method, share) == ("lora", 0.03) else pytest.mark.nightly]
+    return [pytest.mark.slow if case[:3] == (Type.Q8_0, "lora", 0.03) else pytest.mark.nightly]
 
 
 def released(bench: Bench, fault: str, method: str, share: float, kind: Type, path: Path) -> list[Finding]:

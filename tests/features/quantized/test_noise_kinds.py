@@ -18,11 +18,10 @@ CASES = [
 
 
 def marks(case: tuple[str, str, float, str]) -> list[pytest.MarkDecorator]:
-    """A sample in `make test`, LoRA of one size in `make sweeps`, and all by night."""
-    _, method, share, _ = case
+    """A sample in `make test`, LoRA with the noise of GPTQ in `make sweeps`, and all by night."""
     if case in SAMPLE:
         return []
-    return [pytest.mark.slow if (method, share) == ("lora", 0.03) else pytest.mark.nightly]
+    return [pytest.mark.slow if case[:3] == ("gptq", "lora", 0.03) else pytest.mark.nightly]
 
 
 class IntoCodes:

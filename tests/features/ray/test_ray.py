@@ -79,7 +79,7 @@ def test_a_signal_ends_all_tasks_and_leaves_a_true_report(fleet: Path) -> None:
     assert stored(fleet / "stopped").adapters
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_models_are_published_and_verdicts_are_cached(fleet: Path) -> None:
     """The models have the bytes that one machine publishes."""
     only = ("--only", "plain-0", "--only", "rslora-1", "--only", "float16-base-0")

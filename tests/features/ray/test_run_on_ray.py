@@ -152,7 +152,7 @@ def test_report_models_and_verdicts_are_those_of_one_machine(place: Path) -> Non
     assert [one.cached for one in again.adapters] == [True, True, True]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_an_interrupted_run_has_a_true_report_and_cache(place: Path) -> None:
     class Interrupts(Shown):
         def adapter_done(self, adapter: AdapterReport) -> None:
