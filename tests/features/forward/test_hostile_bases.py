@@ -102,7 +102,7 @@ def gated(place: Path, forward: str) -> tuple[list[Answer], dict[str, dict[str, 
     return answers, entries
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_base_that_breaks_the_run_costs_only_the_measurement(runs: Any) -> None:
     (answers, entries), (_, without) = runs["auto"], runs["off"]
     for answer in answers:
@@ -114,7 +114,7 @@ def test_a_base_that_breaks_the_run_costs_only_the_measurement(runs: Any) -> Non
             assert entry[key] == without[name][key], (name, key)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_reason_is_reported(runs: Any) -> None:
     _, entries = runs["auto"]
     reasons = {name: reason for name, (*_, reason) in CONFIGURATIONS.items()} | DEEDS
@@ -126,7 +126,7 @@ def test_the_reason_is_reported(runs: Any) -> None:
         assert forward["missing"] is (name in {"petabytes", "allocate"}), (name, forward)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_no_output_of_a_base_reaches_the_log(runs: Any) -> None:
     assert all("::error::" not in answer.said for answers, _ in runs.values() for answer in answers)
 

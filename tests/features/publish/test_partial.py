@@ -328,7 +328,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> KilledRuns:
     return KilledRuns(place, random.Random(28))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.attempt("F03", "kill -9 at 20 moments of publishing", "only whole models have names")
 def test_after_kills_only_whole_models_have_names(runs: KilledRuns) -> None:
     outcomes = [runs.kill_once() for _ in range(KILLS)]
