@@ -10,7 +10,7 @@ STAMPS := $(VENV)/.stamps
 help:
 	@echo "make demo    install, then watch the gate judge good and broken adapters"
 	@echo "make test    the tests, with a sample of each sweep (10 minutes on 2 cores, next to make e2e)"
-	@echo "make sweeps  the rest of the sweeps, and all examples of the properties (nine minutes on 2 cores)"
+	@echo "make sweeps  the rest of the sweeps, and all examples of the properties (ten minutes on 2 cores)"
 	@echo "make nightly what takes longer: every broken value of every method, large fleets, Ray, kills (four hours at most)"
 	@echo "make card    a simulated GPU against the CPU: a fifth of the cases, or all with CARD=all; needs g++ (four minutes)"
 	@echo "make card-real the same on a real GPU, and the benchmarks there; prints a table; needs CUDA (two hours)"

@@ -17,7 +17,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
-from unittest.mock import Mock
 
 import jsonschema
 import pytest
@@ -89,6 +88,13 @@ def replace_command(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[
     return lambda name, run: monkeypatch.setitem(COMMANDS, name, (COMMANDS[name][0], run))
 
 
+def raising(error: BaseException) -> Callable[..., int]:
+    def run(*_: object) -> int:
+        raise error
+
+    return run
+
+
 # --- before the command, and around it -----------------------------------------------------------------------------
 
 
@@ -150,13 +156,13 @@ def test_a_signal_during_a_command_without_an_output(replace_command, capsys) ->
 )
 def test_an_error_of_a_command_is_a_sentence(error, replace_command, capsys, wording) -> None:
     """Never exit code 1, with which Python ends by itself."""
-    replace_command("schema", Mock(side_effect=error))
+    replace_command("schema", raising(error))
     assert main(["schema", "config"]) == 3
     wording(capsys.readouterr().err)
 
 
 def test_the_details_of_a_defect_are_to_be_had(replace_command, variables, capsys) -> None:
-    replace_command("schema", Mock(side_effect=ZeroDivisionError("by zero")))
+    replace_command("schema", raising(ZeroDivisionError("by zero")))
     variables["MERGE_GATE_DEBUG"] = "1"
     assert main(["schema", "config"]) == 3
     said = capsys.readouterr().err

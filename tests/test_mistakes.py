@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 from _pytest.mark import ParameterSet
@@ -124,7 +123,10 @@ def none(*_: object) -> AbstractContextManager[object]:
 
 @contextmanager
 def disk_full(monkeypatch: pytest.MonkeyPatch, _: Path) -> Iterator[None]:
-    monkeypatch.setattr(whole_file.os, "fsync", Mock(side_effect=FULL))
+    def fail(_: int) -> None:
+        raise FULL
+
+    monkeypatch.setattr(whole_file.os, "fsync", fail)
     yield
 
 

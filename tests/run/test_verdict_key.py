@@ -154,9 +154,9 @@ def test_another_version_or_another_code_is_another_key() -> None:
 
 
 def test_a_library_that_is_not_there_is_part_of_the_key() -> None:
-    versions = key.libraries.__wrapped__(("PyYAML", "a-package-of-nobody"))
+    versions = key.libraries.__wrapped__(("PyYAML", "a-package-that-is-absent"))
     assert versions.pop("PyYAML")
-    assert versions.pop("a-package-of-nobody", "absent") is None
+    assert versions.pop("a-package-that-is-absent", "absent") is None
     assert versions.keys() == {"python", "machine"}
 
 

@@ -119,14 +119,14 @@ NORMS = LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM")
 @pytest.mark.usefixtures("single_thread")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    ("base", "broken", "adapter", "mended"),
+    ("base", "broken", "adapter", "is_repaired"),
     [
         pytest.param("llama", EMBEDDING, TOKENS, True, id="trained tokens"),
         pytest.param("llama", EMBEDDING, config(trainable_token_indices=[3, 4]), False, id="other tokens"),
         pytest.param("llama", HEAD, SAVED, True, id="a trained head"),
-        pytest.param("llama", HEAD, EMBEDDED, False, id="a trained embedding beside it"),
+        pytest.param("llama", HEAD, EMBEDDED, False, id="a trained embedding next to it"),
         pytest.param("llama", Q_BIAS, config(bias="all"), True, id="a trained bias"),
-        pytest.param("llama", Q_BIAS, config(), False, id="a bias beside the weight that is merged"),
+        pytest.param("llama", Q_BIAS, config(), False, id="a bias next to the weight that is merged"),
         pytest.param("llama", NORM, NORMS, True, id="a trained norm"),
         pytest.param("llama", HEAD, config(target_modules=["lm_head"]), False, id="a delta on the head"),
         pytest.param("llama-tied", EMBEDDING, TOKENS, True, id="trained tokens of a tied embedding"),
@@ -134,18 +134,20 @@ NORMS = LNTuningConfig(target_modules=["norm"], task_type="CAUSAL_LM")
         pytest.param("llama-tied", EMBEDDING, config(modules_to_save=["embed_tokens", "lm_head"]), True, id="both"),
     ],
 )
-def test_a_broken_tensor_that_the_adapter_replaces_is_a_warning(base, broken, adapter, mended, dtype, tmp_path) -> None:
+def test_a_broken_tensor_that_the_adapter_replaces_is_a_warning(
+    base, broken, adapter, is_repaired, dtype, tmp_path
+) -> None:
     directory, out = tmp_path / "base", tmp_path / "adapter"
     models.make_base(base, directory)
     models.save_adapter(directory, out, adapter)
     tensors = models.read_tensors(directory, "model.safetensors")
     tensors[broken][ROW] = torch.nan
     models.write_tensors(directory, tensors, "model.safetensors")
-    assert is_finite(out, directory, dtype) is mended
+    assert is_finite(out, directory, dtype) is is_repaired
     judgement = Gate().judge(out, directory, dtype=dtype)
     of_base = [(one.severity, one.tensor) for one in judgement.findings if one.check == "base-nonfinite"]
-    assert of_base == [("warning" if mended else "error", broken)], judgement
-    verdict = (Verdict.PASSED, None) if mended else (Verdict.FAILED, "base-nonfinite")
+    assert of_base == [("warning" if is_repaired else "error", broken)], judgement
+    verdict = (Verdict.PASSED, None) if is_repaired else (Verdict.FAILED, "base-nonfinite")
     assert (judgement.verdict, judgement.cause) == verdict, judgement
     assert "no-effect" not in judgement.warned, judgement
 

@@ -76,7 +76,7 @@ def merge_plainly(row: Shipped, shelf: Shelf, directory: Path) -> dict[str, Tens
         return methods.values(PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True))
 
 
-# --- what lies beside ----------------------------------------------------------------------------------------------
+# --- files next to it ----------------------------------------------------------------------------------------------
 
 
 def lora(**settings: Any) -> Make:
@@ -97,7 +97,7 @@ def all_of(*makes: Make) -> Make:
 
 
 def trainer_state(directory: Path) -> None:
-    """What transformers' Trainer writes into a checkpoint beside the model."""
+    """What transformers' Trainer writes into a checkpoint next to the model."""
     state = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(state.parameters())
     torch.save(optimizer.state_dict(), directory / "optimizer.pt")
@@ -107,8 +107,8 @@ def trainer_state(directory: Path) -> None:
     (directory / "trainer_state.json").write_text(json.dumps({"global_step": 40, "epoch": 1.0, "log_history": []}))
 
 
-def beside(files: Mapping[str, object]) -> Callable[[Path], None]:
-    """Writes these files: texts, bytes, or what is written as JSON."""
+def file_maker(files: Mapping[str, object]) -> Callable[[Path], None]:
+    """A function that writes these files into a directory: texts, bytes, or values as JSON."""
 
     def write(directory: Path) -> None:
         for name, content in files.items():
@@ -120,10 +120,10 @@ def beside(files: Mapping[str, object]) -> Callable[[Path], None]:
 
 
 def only(files: Mapping[str, object]) -> Make:
-    return lambda _shelf, out: beside(files)(out)
+    return lambda _shelf, out: file_maker(files)(out)
 
 
-TOKENIZER = beside({
+TOKENIZER = file_maker({
     "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
     "special_tokens_map.json": {"pad_token": "<pad>"},
     "added_tokens.json": {"<|im_start|>": 64, "<|im_end|>": 65},
@@ -131,13 +131,13 @@ TOKENIZER = beside({
 })  # fmt: skip
 """With two tokens of its own."""
 YAML = "---\nlibrary_name: peft\nbase_model: acme/llama\n---\n# out\n```yaml\nadapter: lora\nlora_r: 4\n```\n"
-CARD = beside({"README.md": YAML})
+CARD = file_maker({"README.md": YAML})
 """Axolotl's model card holds a YAML file."""
-CONFIG_OF_THE_BASE = beside({
+CONFIG_OF_THE_BASE = file_maker({
     "config.json": {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "_name_or_path": VANISHED},
 })  # fmt: skip
-"""Axolotl and others save it beside the adapter."""
-OF_SWIFT = beside({
+"""Axolotl and others save it next to the adapter."""
+OF_SWIFT = file_maker({
     "args.json": {"model": "acme/llama", "tuner_type": "lora"},
     "additional_config.json": {"lora_dtype": None, "lorap_lr_ratio": None, "lorap_emb_lr": 1e-06},
 })  # fmt: skip
@@ -164,7 +164,9 @@ def of_unsloth(directory: Path) -> None:
 
 def of_llama_factory(directory: Path) -> None:
     log, picture = json.dumps({"current_steps": 5, "loss": 1.2}) + "\n", b"\x89PNG\r\n\x1a\n"
-    beside({"all_results.json": {"train_loss": 1.2}, "trainer_log.jsonl": log, "training_loss.png": picture})(directory)
+    file_maker({"all_results.json": {"train_loss": 1.2}, "trainer_log.jsonl": log, "training_loss.png": picture})(
+        directory
+    )
     save_file({"v_head.summary.weight": torch.zeros(1, 32)}, directory / "value_head.safetensors")
 
 
@@ -324,7 +326,7 @@ def passing() -> tuple[Shipped, ...]:
         Shipped(name="swift", make=below("v0-20260101-120000/checkpoint-40", then(lora(), OF_SWIFT, trainer_state)),
                 path="v0-20260101-120000/checkpoint-40"),
         Shipped(name="trl-added-tokens", make=then(resized, TOKENIZER), rows=66),
-        Shipped(name="value-head-beside", make=then(
+        Shipped(name="value-head-next-to-it", make=then(
             lora(), lambda out: torch.save({"v_head.summary.weight": torch.zeros(1, 32)}, out / "pytorch_model.bin"))),
         Shipped(name="both-containers", make=then(lora(), also_pickled)),
         Shipped(name="pickle", make=then(lora(), to_pickle)),

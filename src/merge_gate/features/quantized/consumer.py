@@ -218,14 +218,12 @@ class StrengthConsumer(WholeTensors):
         return replace(attempt.evidence, facts=(*attempt.evidence.facts, ("quantized", measurement)))
 
     def _compare_others(self) -> None:
-        apart = [name for name, _ in self.untied]
-        for name in (*apart, *(self._base.tensors.keys() - self._base.newly_initialized)):
-            if name in self._compared:
-                continue
-            if self._base.tensors[self._base.first_name(name)].numel():
+        left = self._compared | self._base.newly_initialized
+        for name in (*(alias for alias, _ in self.untied), *self._base.tensors):
+            if name not in left and self._base.tensors[self._base.first_name(name)].numel():
                 self._compare(name, None)
 
 
 def _in_16_bits(values: torch.Tensor) -> torch.Tensor:
-    """What plain floats may lose. Float16 loses less, but for tiny values."""
+    """What plain floats may lose. Float16 loses less, except of tiny values."""
     return values.bfloat16().float()

@@ -43,8 +43,8 @@ UNLIKE, MOST_SHRUNK = 0.5, 0.1
 few bits scale a tensor."""
 
 MOST_SAME, LEAST_CHANGED = 0.01, 0.05
-"""If a kind of tensor has the codes of the base but for the first share of the values, others of it may not have more
-than the second."""
+"""If a tensor that the adapter leaves alone differs from the base's codes in less than the first share of its values,
+others of its kind may differ in at most the second share."""
 
 MORE_LIKELY = 30.0
 """A candidate fits better if twice the logarithm of the likelihoods' ratio is above this."""

@@ -64,7 +64,7 @@ _W, _D, _E, _Y, _LARGE = range(_VECTORS)
 
 
 class _Products:
-    """Step 1: the products of the vectors: for each row and each column (`along`), and with shuffled rows of D."""
+    """Step 1: the products of the vectors: for each row and each column (`by_axis`), and with shuffled rows of D."""
 
     def __init__(self, base: torch.Tensor, merged: torch.Tensor, actual: torch.Tensor, dtype: torch.dtype) -> None:
         by_row, self.shuffled = [], torch.zeros(SHUFFLES, _VECTORS, dtype=torch.float64)
@@ -80,7 +80,7 @@ class _Products:
             if bool(d.any()):
                 others = [d[torch.randperm(len(d), generator=random)] for _ in range(SHUFFLES)]
                 self.shuffled += (torch.stack(others, 1) @ vectors.mT).sum(0)
-        self.along = torch.cat(by_row), by_column
+        self.by_axis = torch.cat(by_row), by_column
         self.total = by_column.sum(0)
 
     def norm(self, which: int) -> float:
@@ -103,7 +103,7 @@ class _Products:
         """Steps 2 and 3: the factor of a combination in another one, and its standard error."""
         size = self.product(along, along)
         factor = self.product(of, along) / size
-        residual, by_row = of - factor * along, self.along[0]
+        residual, by_row = of - factor * along, self.by_axis[0]
         variances = (
             max(0.0, self.product(residual, residual)) / max(1, numel - FITTED) * size,
             float(torch.einsum("i,rij,j->r", residual, by_row, along).square().sum())
@@ -153,7 +153,7 @@ class _Fit:
 
     def squares(self, vector: torch.Tensor, axis: int) -> torch.Tensor:
         """The square of a combination of vectors in each row, or in each column."""
-        return torch.einsum("i,rij,j->r", vector, self.products.along[axis], vector).clamp(min=0)
+        return torch.einsum("i,rij,j->r", vector, self.products.by_axis[axis], vector).clamp(min=0)
 
     def chances(self, noise: torch.Tensor, axis: int) -> torch.Tensor:
         """How far the strength of each row or column is from k: squares, in variances for noise of this square in it.
@@ -162,7 +162,7 @@ class _Fit:
         """
         if self.along is None:
             return noise.new_zeros(1)
-        products, count = self.products.along[axis], self.numel / len(noise)
+        products, count = self.products.by_axis[axis], self.numel / len(noise)
         of_noise, of_delta, of_weight = (
             torch.einsum("i,rij,j->r", vector, products, self.along)
             for vector in (self.residual, self.along, torch.eye(_VECTORS).double()[_W])
@@ -200,7 +200,7 @@ def fitted(  # noqa: PLR0917
         return facts
     again = _Fit(base, merged, proper, dtype)
     whole = torch.tensor([1.0, times, 0.0, 0.0, 0.0]).double()
-    (own, loudest, uneven), (_, _, of_columns) = (_unlike(fit, again, whole, axis) for axis in (0, 1))
+    (own, loudest, uneven), (_, _, of_columns) = (_compared(fit, again, whole, axis) for axis in (0, 1))
     own_noise = math.sqrt(float(own.sum()))
     facts = replace(
         facts,
@@ -234,7 +234,7 @@ def _nonfinite(tensor: torch.Tensor) -> int:
     return len(values) - sum(int(part.isfinite().count_nonzero()) for part in parts)
 
 
-def _unlike(fit: _Fit, again: _Fit, whole: torch.Tensor, axis: int) -> tuple[torch.Tensor, float, float]:
+def _compared(fit: _Fit, again: _Fit, whole: torch.Tensor, axis: int) -> tuple[torch.Tensor, float, float]:
     """Step 4, for rows or columns: squares of the noise to expect, and how far noise and strength of one are off."""
     sizes, noise = (fit.squares(vector, axis) for vector in (whole, fit.residual))
     own = again.squares(again.residual, axis) + ROUNDED**2 * sizes
