@@ -300,7 +300,7 @@ def _of_compared(report: Report) -> str:
             "with base and adapter."
         )
     if any(finding.check == "applied" for adapter in report.adapters for finding in adapter.findings):
-        return "Its tensors were measured. Settings and tokenizer were not compared: compare them before quantizing."
+        return "Its tensors were measured. The tokenizer and most settings were not: compare them before quantizing."
     return "Its tensors, settings, and tokenizer were compared with those that base and adapter give."
 
 
