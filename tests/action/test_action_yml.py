@@ -175,7 +175,7 @@ def workflows() -> list[Path]:
         ROOT / "action.yml",
         *(ROOT / ".github").rglob("*.yml"),
         *(ROOT / "tests" / "e2e" / "workflows").glob("*.yml"),
-        *(ROOT / "recipes").iterdir(),
+        *(path for path in (ROOT / "recipes").iterdir() if path.is_file()),  # Python keeps a folder there
     ]
 
 
