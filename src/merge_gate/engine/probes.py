@@ -26,6 +26,7 @@ from merge_gate.engine.merge.rounding_floor import rounding_share
 from merge_gate.engine.tensors.measure import distance, same_bits
 from merge_gate.engine.tensors.placement import device_of, raise_if_of_the_run
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized
+from merge_gate.engine.tensors.watch import Watch
 from merge_gate.records.measured import FileTensor, TensorStats, UnreadLayer
 from merge_gate.records.terms import Quantization
 
@@ -89,7 +90,7 @@ def _delta_share(base: Base, loaded: Loaded, layer: Any) -> float:
     try:
         with same_random_numbers(), private_copies(layer, targets, base, dtype=torch.float32):
             unmerged = [target.data.to(device_of(layer, base.device), torch.float32, copy=True) for target in targets]
-            layer.merge(safe_merge=False)
+            _merge_on_trial(base, loaded, layer)
             pairs = [
                 (target.tensor, old) for target, old in zip(targets, unmerged, strict=True) if target.tensor is not None
             ]
@@ -192,7 +193,7 @@ def merged_once(base: Base, loaded: Loaded, layer: Any) -> list[torch.Tensor]:
     targets = targets_of(layer, loaded.base_names)
     before = layer.get_base_layer()
     with private_copies(layer, targets, base):
-        layer.merge(safe_merge=False)
+        _merge_on_trial(base, loaded, layer)
         after = layer.get_base_layer()
         if after is before:
             return [_merged_values(target) for target in targets]
@@ -200,6 +201,12 @@ def merged_once(base: Base, loaded: Loaded, layer: Any) -> list[torch.Tensor]:
             return [tensor.detach().clone() for tensor in (*after.parameters(), *after.buffers())]
         finally:
             layer.unmerge()
+
+
+def _merge_on_trial(base: Base, loaded: Loaded, layer: Any) -> None:
+    loaded.is_probed = True
+    with Watch(loaded.memory(base), "merge"):
+        layer.merge(safe_merge=False)
 
 
 def _merged_values(target: MergeTarget) -> torch.Tensor:

@@ -43,14 +43,21 @@ class TestMergeDiffers(EveryCheck):
         "several layers": Given(different(*((f"layers.{number}", 1.0 + number) for number in range(9)))),
         **{
             f"a tensor: {fault}": Given(wrong(TensorDifference(tensor="a.weight", fault=fault), IN))
-            for fault in ("before", "after", "packed")
+            for fault in ("load", "before", "after", "packed")
         },
+        "the adapter's tensors": Given(wrong(TensorDifference(tensor=MODULE, fault="factors"))),
         "PEFT merges other bits, and is right": Given(
             evidence(differing=(MODULE,), versions="torch 2.13.0, PEFT 0.21.2")
         ),
         "a merged layer that does not run": Given(different((MODULE, math.inf))),
     }
-    REFUSED = (reason("base_written", tensor=TENSOR, operation="mul_"),)
+    REFUSED = (
+        reason("base_written", tensor=TENSOR, operation="mul_", step="load"),
+        reason("place_changed", tensor=TENSOR, step="injection"),
+        reason("factors_displaced", module=MODULE, joined=24),
+        reason("combined_wrongly", module=MODULE, method="cat", share=0.7),
+        reason("combined_wrongly", module=MODULE, method="linear", share=2.0),
+    )
     FAULTS = (Case("positions", "positions", cause="merge-differs", origin="merge"),)
     HEALTHY = (healthy("next-to-positions"),)
 

@@ -5,7 +5,8 @@ In: a base, and what the preflight read of each member. Out: `Loaded`, as of one
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,13 @@ from peft.utils.other import ModulesToSaveWrapper
 
 from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.inject import base_slots, base_tensors_in_file, fit_vocabulary, inject, targeted_modules
-from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Arrival, Loaded, Tensors, load_weights
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Arrival, Loaded, Tensors, factors_of, load_weights
 from merge_gate.engine.adapter.peft_config import initialization_writes_to_base, read_config
+from merge_gate.engine.adapter.places import Injected, accounted
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.tensors.measure import same_values
 from merge_gate.engine.tensors.placement import raise_if_of_the_run
+from merge_gate.engine.tensors.watch import Memory, Watch
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.refusals import Refused
@@ -38,14 +41,20 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
     for name, config in zip(combine.adapters, configs, strict=True):
         _refuse_lost_settings(name, config)
     model: Any = None
+    injected = Injected(own={})
     brought: list[dict[str, torch.Tensor]] = []
     arrivals: list[Arrival] = []
     for name, files, config, tensors in zip(names, members, configs, weights, strict=True):
         if model is None:
-            model = inject(scratch, config, base, name)
+            with Watch(base.memory, "injection"):
+                model = inject(scratch, config, base, name)
+            injected = accounted(model, base, config, blank=True)
         else:
             try:
-                model.add_adapter(name, config)
+                with Watch(base.memory, "injection"):
+                    model.add_adapter(name, config)
+            except Refused:
+                raise
             except Exception as error:  # as below
                 raise_if_of_the_run(error)
                 raise Refused("add_raised", error=caught(error)) from error
@@ -57,6 +66,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
             tensors,
             adapter_name=name,
             inject_again=inject_again,
+            own=injected.own,
         )
         brought.append(loaded)
         arrivals.append(arrival)
@@ -64,18 +74,22 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
     torch.manual_seed(combine.seed)
     options = {"density": combine.density, "majority_sign_method": combine.majority_sign_method}
     try:
-        model.base_model.add_weighted_adapter(
-            list(names),
-            list(combine.weights),
-            ADAPTER_NAME,
-            combination_type=combine.method,
-            **{key: value for key, value in options.items() if value is not None},
-        )
-        model.base_model.set_adapter(ADAPTER_NAME, inference_mode=True)
+        with Watch(Memory(injected.own.items(), base.memory), "combination"):
+            model.base_model.add_weighted_adapter(
+                list(names),
+                list(combine.weights),
+                ADAPTER_NAME,
+                combination_type=combine.method,
+                **{key: value for key, value in options.items() if value is not None},
+            )
+            model.base_model.set_adapter(ADAPTER_NAME, inference_mode=True)
+    except Refused:
+        raise
     except Exception as error:  # PEFT refuses with ValueError, KeyError, AttributeError or NotImplementedError
         raise_if_of_the_run(error)
         raise Refused("combine_raised", error=caught(error), members=combine.adapters, method=combine.method) from error
     _refuse_left_out(model, names, combine)
+    unproved = _unproved(model, names, arrivals, weights, combine)
     return Loaded(
         model=model,
         config=model.peft_config[ADAPTER_NAME],
@@ -84,6 +98,8 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         targeted=targeted_modules(model),
         base_names=base_names,
         tied_modules=tied_modules,
+        injected=injected,
+        unproved=unproved,
         seed=combine.seed if "dare" in combine.method else None,
     )
 
@@ -171,3 +187,86 @@ def _has_lost(module: Any, name: str) -> bool:
         return False
     held = {*module.lora_A, *module.lora_embedding_A}
     return name in held and ADAPTER_NAME not in held
+
+
+# --- the factors of the combination -----------------------------------------------------------------------------------
+
+PROBES = 4
+"""Random vectors that both sides are multiplied with, in float64. Two matrices that differ agree on none of them."""
+
+FLOAT32 = 1e-5
+"""The error of PEFT's combination in float32, as a share of the sum of all products' sizes. It is 3e-7 at most."""
+
+
+Member = tuple[float, torch.Tensor, torch.Tensor]
+"""wᵢ sᵢ, Aᵢ (rank, in), and Bᵢ (out, rank), in float64."""
+
+
+def _unproved(
+    model: Any, names: Sequence[str], arrivals: Sequence[Arrival], weights: Sequence[Tensors], combine: Combine
+) -> dict[str, str]:
+    """Compare the factors of the combination with the members' files. Returns layers that are not compared, and why.
+
+    With the weight wᵢ, the scaling sᵢ, and the factors Aᵢ and Bᵢ of each member that has the module,
+
+    - `cat` is Σ wᵢ sᵢ Bᵢ Aᵢ,
+    - `linear` is (Σ √|wᵢ sᵢ| Bᵢ) (Σ sign(wᵢ sᵢ) √|wᵢ sᵢ| Aᵢ), as PEFT defines it (tuners/lora/model.py).
+
+    Raises:
+        Refused: a layer has another product.
+    """
+    files = [
+        {arrival.model_key[name]: tensor for name, tensor in file.items() if name in arrival.model_key}
+        for arrival, file in zip(arrivals, weights, strict=True)
+    ]
+    unproved: dict[str, str] = {}
+    for path, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer) or ADAPTER_NAME not in layer.scaling:
+            continue
+        combined, is_exact = factors_of(layer), combine.method in ("cat", "linear")
+        if combined is None or not is_exact:
+            unproved[path] = (
+                "a grouped convolution has no product of its factors"
+                if is_exact
+                else f"PEFT alone vouches for a combination by {combine.method}"
+            )
+            continue
+        members = list(_members(f"{ADAPTER_PREFIX}{path}", layer, names, files, combine.weights))
+        a, b = (factor.flatten(1).double() for factor in combined)
+        probes = torch.randn(a.shape[1], PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        got = float(layer.scaling[ADAPTER_NAME]) * (b @ (a @ probes))
+        expected, sizes = (_cat if combine.method == "cat" else _linear)(members, probes)
+        error = (got - expected).norm(dim=1)
+        if bool((error > (FLOAT32 + torch.finfo(combined[0].dtype).eps) * sizes.norm(dim=1)).any()):
+            share = float(error.norm() / expected.norm().clamp(min=1e-300))
+            raise Refused("combined_wrongly", module=path, method=combine.method, share=share)
+    return unproved
+
+
+def _cat(members: Sequence[Member], probes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The product with the probes, and the size of what is summed up for each of its values."""
+    products = [(weight, b, a @ probes) for weight, a, b in members]
+    sizes = [abs(weight) * (b.abs() @ product.abs()) for weight, b, product in products]
+    return torch.stack([weight * (b @ product) for weight, b, product in products]).sum(0), torch.stack(sizes).sum(0)
+
+
+def _linear(members: Sequence[Member], probes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `_cat`."""
+    of_a = [math.copysign(math.sqrt(abs(weight)), weight) * a for weight, a, _ in members]
+    of_b = [math.sqrt(abs(weight)) * b for weight, _, b in members]
+    sum_a, sum_b, size_a, size_b = (
+        torch.stack(parts).sum(0)
+        for parts in (of_a, of_b, [part.abs() for part in of_a], [part.abs() for part in of_b])
+    )
+    return sum_b @ (sum_a @ probes), size_b @ (size_a @ probes.abs())
+
+
+def _members(
+    path: str, layer: Any, names: Sequence[str], files: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]
+) -> Iterator[Member]:
+    """Each member that has this layer, from its file."""
+    for name, file, weight in zip(names, files, weights, strict=True):
+        for ends in (("lora_A.{}.weight", "lora_B.{}.weight"), ("lora_embedding_A.{}", "lora_embedding_B.{}")):
+            a, b = (file.get(f"{path}.{end.format(name)}") for end in ends)
+            if a is not None and b is not None:
+                yield weight * float(layer.scaling[name]), a.flatten(1).double(), b.flatten(1).double()

@@ -26,6 +26,7 @@ from torch import nn
 
 from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.peft_config import initialization_reads_base, initialization_writes_to_base, raised
+from merge_gate.engine.adapter.places import Injected
 from merge_gate.engine.base.loaded_base import Base, first_line, named_tensors
 from merge_gate.engine.tensors.module_copies import tensors_of
 from merge_gate.records.files import AdapterFiles
@@ -59,8 +60,9 @@ class Template:
     """A reusable injection for adapters of one `kind`.
 
     `children` has the children of each module, which PEFT's unloading replaces. `base_names`, `tied_modules`, and
-    `targeted` have the same meaning as in `Loaded`. `keys` maps each tensor that PEFT would save, by its name in the
-    file, to its key in the model; None until the first adapter of the kind is loaded.
+    `targeted` have the same meaning as in `Loaded`. `injected` is what the injection has left. `keys` maps each tensor
+    that PEFT would save, by its name in the file, to its key in the model; None until the first adapter of the kind is
+    loaded.
     """
 
     kind: object
@@ -69,6 +71,7 @@ class Template:
     base_names: dict[tuple[int, str], str]
     tied_modules: dict[str, tuple[str, ...]]
     children: tuple[tuple[nn.Module, dict[str, nn.Module | None]], ...]
+    injected: Injected
     keys: Mapping[str, str] | None = None
     targeted: tuple[str, ...] = ()
 
@@ -82,6 +85,7 @@ class Template:
             layer.merged_adapters.clear()
             for _, _, factor in parameters_of(layer):
                 factor.data = torch.full_like(factor.data, torch.nan)  # its memory may be a file's (private_copies.py)
+        self.injected = replace(self.injected, first=None)
 
     def duplicate(self) -> Template:
         """Another template for the same base, for an adapter that is loaded while this one is in use."""

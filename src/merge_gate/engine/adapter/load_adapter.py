@@ -19,7 +19,7 @@ b. PEFT would not save a tensor of the file (a tensor of the base, a trained bia
    values under the same name.
 c. A tensor under any other name was renamed: one tensor that PEFT copied must have the same values.
 d. A tensor without a match was fused or split. PEFT loads the file again into another model, with a tag in place of
-   each such tensor's values. The tags show which tensors of the model it went into.
+   each such tensor's values. The tags show which tensors of the model it went into, and conversions.py where there.
 e. A tensor that is still without a match is unexpected. It is a duplicate if it repeats, bit for bit, one that arrived.
    PEFT itself writes such duplicates: `modules_to_save` with `save_embedding_layers`, `bias="all"` with a trained head,
    and trained tokens of tied embeddings.
@@ -45,6 +45,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
 
+from merge_gate.engine.adapter.conversions import unplaced_layers
 from merge_gate.engine.adapter.inject import (
     Template,
     base_slots,
@@ -57,9 +58,11 @@ from merge_gate.engine.adapter.inject import (
     targeted_modules,
 )
 from merge_gate.engine.adapter.peft_config import can_start_blank, initialization_writes_to_base, read_config
+from merge_gate.engine.adapter.places import Injected, accounted
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.tensors.measure import same_values
 from merge_gate.engine.tensors.placement import raise_if_of_the_run
+from merge_gate.engine.tensors.watch import Memory, Watch
 from merge_gate.records.files import WEIGHTS_NAME, AdapterFiles
 from merge_gate.records.refusals import Refused
 
@@ -85,8 +88,15 @@ class Arrival:
     dropped: tuple[str, ...]
     unexpected: tuple[str, ...]
     duplicates: tuple[str, ...]
+    matched: frozenset[str]
+    joined: frozenset[str]
     model_key: Mapping[str, str]
     expected: Mapping[str, str]
+
+
+def own_tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Every parameter and buffer of a model, by each of its keys."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
 def compare(
@@ -108,7 +118,7 @@ def compare(
         load_tagged: loads other values under the file's names into a new model, and returns its tensors by key.
         expected_keys: `Arrival.expected` of an earlier adapter of the same config and names; no key is empty.
     """
-    own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    own = own_tensors(model)
     if expected_keys is None:
         expected = expected_tensors(model, adapter_name)
     else:
@@ -126,6 +136,8 @@ def compare(
         dropped=tuple(name for name in missing if name in file),
         unexpected=tuple(sorted(set(unmatched) - set(duplicates))),
         duplicates=duplicates,
+        matched=frozenset(matching.matched_keys),
+        joined=frozenset(matching.joined_names),
         model_key=matching.model_key,
         expected={name: key for name, (key, _) in expected.items()},
     )
@@ -146,6 +158,7 @@ class _Matching:
     tied_tokens: Mapping[str, str]
     model_key: dict[str, str] = field(default_factory=dict)
     arrived_names: set[str] = field(default_factory=set)
+    joined_names: set[str] = field(default_factory=set)
     matched_keys: set[str] = field(default_factory=set)
 
     def unmatched_names(self) -> list[str]:
@@ -156,9 +169,9 @@ class _Matching:
         for name, value in self.file.items():
             if name in expected:  # a.
                 key, tensor = expected[name]
-                if _has_values(tensor, value) or _is_computed_on_save(name, key):
+                if has_values(tensor, value) or _is_computed_on_save(name, key):
                     self._add_match(name, key)
-            elif name in self.loaded_keys and _has_values(self.own[name], value):  # b.
+            elif name in self.loaded_keys and has_values(self.own[name], value):  # b.
                 self._add_match(name, name)
         # a. A tensor of the model can have several names in the file. PEFT loads only one of them.
         matched_storage = {self.own[key].data_ptr() for key in self.matched_keys}
@@ -171,7 +184,7 @@ class _Matching:
         """Step c. Each tensor of the model matches one name, even if several tensors have the same values."""
         unmatched_keys = sorted(self.loaded_keys - self.matched_keys)
         for name in self.unmatched_names():
-            key = next((key for key in unmatched_keys if _has_values(self.own[key], self.file[name])), None)
+            key = next((key for key in unmatched_keys if has_values(self.own[key], self.file[name])), None)
             if key is not None:
                 unmatched_keys.remove(key)
                 self._add_match(name, key)
@@ -187,6 +200,7 @@ class _Matching:
         for key in unmatched_keys:
             sources = [name_of_tag[tag] for tag in _distinct_values(loaded.get(key)) & name_of_tag.keys()]
             if sources and _consists_of(self.own[key], [self.file[name] for name in sources]):
+                self.joined_names.update(sources)
                 for name in sources:
                     self._add_match(name, key if len(sources) == 1 else "")
                 self.matched_keys.add(key)
@@ -220,7 +234,7 @@ class _Matching:
             other_name in self.arrived_names
             and other is not None
             and other.dtype == tensor.dtype
-            and _has_values(other, tensor)
+            and has_values(other, tensor)
         )
 
     def _add_match(self, name: str, key: str) -> None:
@@ -261,7 +275,7 @@ def file_name(key: str, adapter_name: str) -> str:
     )
 
 
-def _has_values(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+def has_values(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a tensor of the model has the file's values, in the model's dtype."""
     return tensor.shape == value.shape and same_values(tensor.detach(), value.to(tensor.device, tensor.dtype))
 
@@ -303,6 +317,8 @@ class Loaded:
     is false if an adapter of the same config and names was merged on this scratch copy before. `initial_factors` has
     what PEFT subtracts from the base before it loads, by the id of a layer: the first factors of PiSSA and OLoRA, or
     FRoD's `frod_lambda_l`. `mapped` has the ids of the factors that are views of the file (private_copies.py).
+    `injected` is what the injection has left. `is_probed`: PEFT has merged a layer on trial since the load (probes.py).
+    `unproved` are layers whose factors nothing shows to be right, and why.
     """
 
     model: Any
@@ -312,11 +328,28 @@ class Loaded:
     targeted: tuple[str, ...]
     base_names: dict[tuple[int, str], str]
     tied_modules: dict[str, tuple[str, ...]]
+    injected: Injected
     seed: int | None = None
     is_first: bool = True
     template: Template | None = None
     initial_factors: dict[int, tuple[torch.Tensor, ...]] = field(default_factory=dict)
     mapped: frozenset[int] = frozenset()
+    is_probed: bool = False
+    unproved: Mapping[str, str] = field(default_factory=dict)
+
+    def memory(self, base: Base) -> Memory:
+        """What PEFT may not write to: the base, and what the injection has put in the place of a tensor of the base."""
+        return Memory(self.injected.own.items(), base.memory)
+
+    def values(self) -> dict[int, torch.Tensor]:
+        """What PEFT loaded, by the id of the tensor of the model."""
+        own = own_tensors(self.model)
+        return {id(own[key]): value for key, value in self.state.items() if key in own}
+
+    def of_file(self) -> set[int]:
+        """The ids of the model's tensors that have values of the file."""
+        own = own_tensors(self.model)
+        return {id(own[key]) for arrival in self.arrivals for key in arrival.matched if key in own}
 
 
 def load_adapter(base: Base, files: AdapterFiles, weights: Tensors) -> Loaded:
@@ -356,8 +389,10 @@ def _load_onto(template: Template, base: Base, files: AdapterFiles, weights: Ten
         weights,
         adapter_name=ADAPTER_NAME,
         inject_again=lambda: _make_template(base, files).model,
+        own=template.injected.own,
         expected_keys=template.keys,
     )
+    unproved = unplaced_layers(template.model, base, weights, arrival.joined, ADAPTER_NAME)
     is_reusable = not is_first or (template.holds(set(state)) and all(arrival.expected.values()))
     if is_first:
         template.keys, template.targeted = arrival.expected, targeted_modules(template.model)
@@ -372,6 +407,8 @@ def _load_onto(template: Template, base: Base, files: AdapterFiles, weights: Ten
         is_first=is_first,
         template=template if is_reusable else None,
         initial_factors=initial_factors,
+        injected=template.injected,
+        unproved=unproved,
     )
 
 
@@ -421,7 +458,8 @@ def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False, fill
     paths = {id(module): path for path, module in scratch.named_modules()} if tied_modules else {}
     # 3.
     try:
-        model = inject(scratch, config, base, ADAPTER_NAME, blank=blank, filled=filled)
+        with Watch(base.memory, "injection"):
+            model = inject(scratch, config, base, ADAPTER_NAME, blank=blank, filled=filled)
         is_complete = not blank or fill_blanks(model)
     except Exception:
         if not blank and filled:
@@ -439,6 +477,7 @@ def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False, fill
         base_names=base_names,
         tied_modules=tied_modules,
         children=snapshot(model),
+        injected=accounted(model, base, config, blank=blank),
     )
 
 
@@ -475,9 +514,10 @@ def load_weights(
     *,
     adapter_name: str,
     inject_again: Callable[[], Any],
+    own: Mapping[str, torch.Tensor],
     expected_keys: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], Arrival]:
-    """Load the file by PEFT, and compare the model with the file.
+    """Load the file by PEFT, and compare the model with the file. Nothing but what the file has is written.
 
     Args:
         model: with the adapter's layers in place.
@@ -486,9 +526,10 @@ def load_weights(
         weights: the file's tensors.
         adapter_name: PEFT's name of the adapter.
         inject_again: makes another such model, into which tagged tensors are loaded (step d).
+        own: `Injected.own` of the model.
         expected_keys: what PEFT would save of the model, if an earlier adapter has shown it (`compare`).
     """
-    with _before_load(model, base, adapter_name) as state:
+    with _before_load(model, base, own, adapter_name) as state:
         try:
             _load(model, files.directory, adapter_name)
         except Refused:
@@ -501,8 +542,9 @@ def load_weights(
         other = inject_again()
         with tempfile.TemporaryDirectory() as directory:
             save_file({name: tensor.contiguous() for name, tensor in tagged.items()}, Path(directory, WEIGHTS_NAME))
-            _load(other, directory, adapter_name)
-        return dict(other.named_parameters(remove_duplicate=False)) | dict(other.named_buffers(remove_duplicate=False))
+            with _before_load(other, base, {}, adapter_name):
+                _load(other, directory, adapter_name)
+        return own_tensors(other)
 
     return state, compare(model, weights, state, adapter_name, load_tagged, expected_keys=expected_keys)
 
@@ -526,13 +568,15 @@ def _load_failed(error: Exception) -> Refused:
 
 
 @contextmanager
-def _before_load(model: Any, base: Base, adapter_name: str) -> Iterator[dict[str, torch.Tensor]]:
+def _before_load(
+    model: Any, base: Base, own: Mapping[str, torch.Tensor], adapter_name: str
+) -> Iterator[dict[str, torch.Tensor]]:
     """Step 4. torch runs it just before it copies: PEFT has renamed everything by then, and has written nothing.
 
-    Yields what PEFT passes to `load_state_dict`, once it has done so.
+    Yields what PEFT passes to `load_state_dict`, once it has done so. Nothing is written into other memory of the base,
+    and of its `own` places.
     """
-    base_storage = {tensor.data_ptr() for tensor in base.tensors.values() if tensor.numel()}
-    state: dict[str, torch.Tensor] = {}
+    memory, state = Memory(own.items(), base.memory), dict[str, torch.Tensor]()
 
     def check_and_copy(_module: nn.Module, incoming: Mapping[str, torch.Tensor], *_: Any) -> None:
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
@@ -540,13 +584,14 @@ def _before_load(model: Any, base: Base, adapter_name: str) -> Iterator[dict[str
         _refuse_integers(incoming, own, adapter_name)
         for key in incoming:
             tensor = own.get(key)
-            if tensor is not None and tensor.data_ptr() in base_storage:
+            if tensor is not None and memory.name_of(tensor) is not None:
                 tensor.data = _overwritten(base, tensor)
         state.update(incoming)
 
     hook = model.register_load_state_dict_pre_hook(check_and_copy)
     try:
-        yield state
+        with Watch(memory, "load"):
+            yield state
     finally:
         hook.remove()
 

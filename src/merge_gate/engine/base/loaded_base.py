@@ -46,8 +46,10 @@ from merge_gate.engine.tensors.quantized import (
     quantizing,
     scales,
     with_plain_layers,
+    with_scales,
 )
 from merge_gate.engine.tensors.threads import Buffers, spread
+from merge_gate.engine.tensors.watch import Memory
 from merge_gate.records.files import FileSpan
 from merge_gate.records.measured import BaseFacts, BaseFigures, TensorStats
 from merge_gate.records.refusals import CannotJudge, Caught
@@ -154,6 +156,7 @@ class Base:
     _buffers: threading.local = field(default_factory=threading.local)
     _row_norms: dict[str, torch.Tensor] = field(default_factory=dict)
     _typical_rms: float | None = None
+    _memory: Memory | None = None
 
     def __post_init__(self) -> None:
         first_names = {id(tensor): name for name, tensor in self.tensors.items()}
@@ -170,6 +173,15 @@ class Base:
     @property
     def device(self) -> torch.device:
         return torch.device(self.source.device)
+
+    @property
+    def memory(self) -> Memory:
+        """The memory of the tensors and of the scales of packed weights, which nothing may write to."""
+        if self._memory is None:
+            named = named_tensors(self.model)
+            parts = ((name, part) for name, module, tensor in named for part in with_scales(module, tensor))
+            self._memory = Memory(parts)
+        return self._memory
 
     def on_device(self, name: str) -> torch.Tensor:
         """A weight on `device`, which computes."""

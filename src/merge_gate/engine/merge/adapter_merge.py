@@ -30,7 +30,7 @@ import functools
 import inspect
 import re
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -41,20 +41,21 @@ from torch import nn
 
 from merge_gate._internal.errors import EngineError
 from merge_gate._internal.tensor_names import ADAPTER_PREFIX
-from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, factors_of
+from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, factors_of, own_tensors
 from merge_gate.engine.adapter.peft_config import raised
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.consumer import Consumer, Outline
-from merge_gate.engine.merge.account import Places, Watch
+from merge_gate.engine.merge.account import Places
 from merge_gate.engine.merge.merged_tensors import ROUNDED, ROUNDING_SHARE, MergedTensors, is_the_bases, of_tensor
 from merge_gate.engine.merge.plan import BlockLayer, agrees, merge_in_blocks, plan_blocks
 from merge_gate.engine.merge.private_copies import MergeTarget, Names, PendingMerges, private_copies, targets_of
 from merge_gate.engine.merge.proof import Unmerged, same_random_numbers, unmerged
-from merge_gate.engine.merge.rounded_merge import unexplained
+from merge_gate.engine.merge.rounded_merge import INTERMEDIATE, ROUNDED_FACTORS, rounded_factors, unexplained
 from merge_gate.engine.merge.rounding_floor import rounding_share
 from merge_gate.engine.tensors.measure import dtype_max, measure, same_bits, shares_storage
 from merge_gate.engine.tensors.placement import device_of, raise_if_of_the_run, random_states, restore_random
 from merge_gate.engine.tensors.quantized import dequantized, is_quantized, scales
+from merge_gate.engine.tensors.watch import Watch
 from merge_gate.records.measured import LayerDifference, MeasureOptions, TensorDifference, TensorMerge
 from merge_gate.records.refusals import CannotJudge, Refused
 
@@ -117,9 +118,22 @@ class AdapterMerge:
         self._pending = PendingMerges(
             target for _, layer in layers for target in targets_of(layer, self.loaded.base_names)
         )
-        self._places = Places(self.base, self.loaded.model.get_base_model())
+        self._places = Places(self.base, self.loaded)
         if self.in_blocks:
             self.planned = plan_blocks(self.base, layers, self.loaded.base_names, self._pending)
+        for name in self._places.changed():
+            self._differs(name, "load")
+        for block in self.planned:
+            if self.loaded.is_probed and self._places.has_other_factors(block.layer):
+                self._differs(block.path, "factors")
+            factors = (block.update.lora_a, block.update.lora_b, block.update.magnitude)
+            self._places.memory.protect(block.path, *(factor for factor in factors if factor is not None))
+        self.not_compared |= self.loaded.unproved
+        for path, layer in layers if self.loaded.injected.unaccounted else ():
+            if any(
+                target.name in self.loaded.injected.unaccounted for target in targets_of(layer, self.loaded.base_names)
+            ):
+                self.not_compared[path] = "its initialization changes the weight in a way that nothing proves"
 
     def can_change(self, in_file: Collection[str]) -> dict[str, Outline]:
         """The base's tensors that the merge can change, and their shapes and dtypes afterwards.
@@ -187,7 +201,7 @@ class AdapterMerge:
             # The float32 merge links the unmerged layer with this one. It is faster without PEFT's finite check.
             made = _Made(safe_merge=False, before=self._unmerged(layer, targets), packed=packed)
             try:
-                made.is_sum = self._watched(layer.merge, safe_merge=True)
+                self._watched(layer.merge, safe_merge=True)
             except Exception as error:
                 raise_if_of_the_run(error)
                 return False  # PEFT gives the reason when it merges the whole adapter
@@ -203,7 +217,7 @@ class AdapterMerge:
             Refused: PEFT cannot merge this adapter; the fact quotes PEFT.
             CannotJudge: a measurement failed, which says nothing about the adapter.
         """
-        watch = Watch(self._places)
+        watch = Watch(self._places.memory, "merge")
         for path, layer in self.layers:
             layer.merge = self._wrapped(path, layer, layer.merge, watch)
         try:
@@ -280,6 +294,8 @@ class AdapterMerge:
     def _made(self, path: str, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> LayerMerge:
         """Steps 1 to 4."""
         targets = targets_of(layer, self.loaded.base_names)
+        if self._places.has_other_factors(layer):
+            self._differs(path, "factors")
         for target in targets:
             self._pending.begin(target)
         before, merges = layer.get_base_layer(), list[tuple[TensorMerge, Any]]()
@@ -290,7 +306,7 @@ class AdapterMerge:
             share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
             drawn, before_merge = random_states(), self._unmerged(layer, targets)
             made = _Made(safe_merge=self.safe_merge, before=before_merge, packed=packed, drawn=drawn)
-            trained = {id(parameter): name for name, parameter in layer.named_parameters()}
+            trained = {id(tensor): name for name, tensor in own_tensors(layer).items()}
             is_safe = self._tried(by_peft, made)  # 2.
             if not is_safe or _at_the_edge(targets):
                 reset()
@@ -304,12 +320,18 @@ class AdapterMerge:
             merged = [(target, target.tensor, target.parameter.data) for target in targets]
         for target, tensor, data in merged:
             self._put_back(target, tensor, data)  # 4.
-            after = layer.get_base_layer()  # LN tuning exchanges the module, and its trained tensors stay in the place
-            in_place = target.tensor if after is before else getattr(after, target.attribute, None)
-            is_made = after is before or trained.get(id(in_place), "").endswith(f".{target.attribute}")
-            if in_place is not None and is_made:
-                self._places.leave(target, in_place)
+            if layer.get_base_layer() is before and target.tensor is not None:
+                self._places.leave(target, target.tensor)
+        if layer.get_base_layer() is not before:
+            self._exchanged(path, layer.get_base_layer(), trained)
         return is_safe, merges
+
+    def _exchanged(self, path: str, after: nn.Module, trained: Mapping[int, str]) -> None:
+        """LN tuning exchanges the module. Its `trained` tensors, by id and by name in the layer, stay in the place."""
+        for name, tensor in own_tensors(after).items():
+            place = f"{_INNER.sub('', path)}.{name}"
+            if trained.get(id(tensor), "").endswith(f".{name}") and not self._places.replace(place, tensor):
+                self._differs(place, "after")
 
     def independent_layers(self) -> dict[str, list[tuple[str, Any]]]:
         """Layers that share no tensor, keyed by one of their tensors."""
@@ -370,7 +392,7 @@ class AdapterMerge:
     def _tried(self, by_peft: Callable[..., None], made: _Made) -> bool:
         """Step 2. False if PEFT's finite check refuses. Any other exception refuses the adapter."""
         try:
-            made.is_sum = self._watched(by_peft, safe_merge=made.safe_merge)
+            self._watched(by_peft, safe_merge=made.safe_merge)
         except Refused:
             raise
         except Exception as error:  # PEFT refuses with six kinds of exception
@@ -379,11 +401,10 @@ class AdapterMerge:
             raise self._refused(error) from error
         return True
 
-    def _watched(self, by_peft: Callable[..., None], *, safe_merge: bool) -> bool:
-        """Let PEFT merge. Returns `Watch.is_sum`."""
-        with Watch(self._places) as watch:
+    def _watched(self, by_peft: Callable[..., None], *, safe_merge: bool) -> None:
+        """Let PEFT merge."""
+        with Watch(self._places.memory, "merge"):
             by_peft(safe_merge=safe_merge)
-        return bool(watch.is_sum)
 
     def _enter_block(self, block: BlockLayer, merge: TensorMerge) -> None:
         """Enter a layer that was merged in blocks, and mark it as merged for PEFT."""
@@ -441,27 +462,52 @@ class AdapterMerge:
         try:
             if packed_targets:
                 return self._proved_unpacked(path, layer, targets, packed_targets, made.packed)
-            with self._in_float32(layer, targets):
-                if made.drawn is not None:
-                    restore_random(made.drawn)
-                self._watched(by_peft, safe_merge=made.safe_merge)
-                self._compare(path, layer, made.before)
-                exact = {target.name: target.tensor.data for target in targets if target.tensor is not None}
+            exact = self._merged_in_float32(
+                layer, targets, by_peft, made, lambda: self._compare(path, layer, made.before)
+            )
+            shared = next((share for kind, share in INTERMEDIATE.items() if isinstance(layer, kind)), None)
+            expected = {} if shared is None else exact
+            if isinstance(layer, ROUNDED_FACTORS):
+                with rounded_factors(layer, next(iter(final.values())).dtype):
+                    expected = self._merged_in_float32(layer, targets, by_peft, made)
         except Exception as error:  # the merge itself has succeeded, and was measured
             raise_if_of_the_run(error)
             self.not_compared[path] = "PEFT does not merge it in float32"
             return {}
         for target in targets:
             if target.name in exact and final[target.name].is_floating_point():
-                self._explain(target, final[target.name], exact[target.name], is_sum=made.is_sum)
+                self._explain(target, final[target.name], exact[target.name], expected.get(target.name), shared or 0.0)
         return {name: values for name, values in exact.items() if final[name].dtype in ROUNDED}
 
-    def _explain(self, target: MergeTarget, final: torch.Tensor, exact: torch.Tensor, *, is_sum: bool) -> None:
+    def _merged_in_float32(
+        self,
+        layer: Any,
+        targets: list[MergeTarget],
+        by_peft: Callable[..., None],
+        made: _Made,
+        look: Callable[[], None] = lambda: None,
+    ) -> dict[str, torch.Tensor]:
+        """The tensors of PEFT's merge into float32 copies, by name. `look` is called while they are in the layer."""
+        with self._in_float32(layer, targets):
+            if made.drawn is not None:
+                restore_random(made.drawn)
+            self._watched(by_peft, safe_merge=made.safe_merge)
+            look()
+            return {target.name: target.tensor.data for target in targets if target.tensor is not None}
+
+    def _explain(
+        self,
+        target: MergeTarget,
+        final: torch.Tensor,
+        exact: torch.Tensor,
+        expected: torch.Tensor | None,
+        shared: float,
+    ) -> None:
         """The tensor may differ from its merge in float32 only by rounding. One in float64 is compared in float32."""
         difference: tuple[int | None, float | None] | None = (None, None)
         if final.shape == exact.shape == target.data.shape:
             final = final.float() if final.dtype is torch.float64 else final
-            difference = unexplained(final, exact, target.data.to(final.device), is_sum=is_sum)
+            difference = unexplained(final, exact, target.data.to(final.device), expected, shared=shared)
         if difference is not None:
             self._differs(target.name, "in", *difference)
 
@@ -508,13 +554,11 @@ class _Made:
     """How PEFT made a merge. `before` is what the layer computed in float32, unless its weight is quantized.
 
     A merge in float32 gets this `safe_merge`. `drawn` has the generators' states before a merge that may draw.
-    `is_sum`: see `Watch`.
     """
 
     safe_merge: bool
     before: Unmerged | None
     packed: list[Packed]
-    is_sum: bool = False
     drawn: list[torch.Tensor] | None = None
 
 

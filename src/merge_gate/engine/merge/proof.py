@@ -6,8 +6,9 @@ In: a tuner layer over float32 copies of its tensors, before its merge by PEFT a
    has one input instead, of all its rows in random order, and a few rows only if its class does not take all of them.
 2. Run the base's layer, and the layer with its adapter. What does not run alone, or draws random numbers, is not
    compared. Values that are not finite do not count.
-3. Run the merged layer, and compare. The input on which the two differ less counts. Of an embedding, and of experts,
-   the output that differs most counts: a row, or what one expert returns.
+3. Run the merged layer, and compare. The input on which the two differ less counts. Then compare each output of a
+   linear layer and of attention, and each channel of a convolution, by itself. Of an embedding, and of experts, the
+   output that differs most counts: a row, or what one expert returns.
 
 A merge that PEFT makes right differs by the rounding of float32, which is at most 4.4e-7 of the output. A wrong one
 differs by a part of what the adapter changes: 10 % for a scale that is 10 % off. So a layer differs if it exceeds both
@@ -49,7 +50,11 @@ TINY = torch.finfo(torch.float32).tiny
 
 def difference(layer: LayerDifference) -> float:
     """The error as a share of what the adapter changes, or of a thousandth of the output if that is more."""
-    return min(layer.change_share, layer.output_share * MOST_ERROR_SHARE / LOST_SHARE)
+    return _difference(layer.change_share, layer.output_share)
+
+
+def _difference(change_share: float, output_share: float) -> float:
+    return min(change_share, output_share * MOST_ERROR_SHARE / LOST_SHARE)
 
 
 def differs(layer: LayerDifference) -> bool:
@@ -68,15 +73,17 @@ def same_random_numbers() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unmerged:
-    """The `inputs` of each call of a layer, what it returned with its adapter, and the norms of its changes.
+    """The `inputs` of each call of a layer, what it returned with its adapter, and its `changes`.
 
     `is_apart`: each row of an output is compared. Otherwise, a batch has an output per input, and the best counts.
+    `dim` is then the dimension of the layer's outputs (channels).
     """
 
     inputs: list[tuple[Tensor, ...]]
     adapted: list[Tensor]
     changes: list[Tensor]
     is_apart: bool
+    dim: int
 
     def compared(self, module: str, class_name: str, merged: nn.Module) -> LayerDifference | None:
         """Step 3. None if the adapter changes nothing, or if only the merged layer returns NaN or an infinity.
@@ -97,17 +104,28 @@ class Unmerged:
     def _shares(self, merged: nn.Module) -> tuple[float, float]:
         """The error as a share of the adapter's change, and of the output. NaN as `compared` returns None."""
         calls = zip(self.inputs, self.adapted, strict=True)
-        errors = [_norms(_run(merged, given) - adapted, adapted.isfinite(), self.is_apart) for given, adapted in calls]
-        sizes = [_norms(adapted, adapted.isfinite(), self.is_apart) for adapted in self.adapted]
-        error, change, size = map(torch.cat, (errors, self.changes, sizes))
+        errors = [_run(merged, given) - adapted for given, adapted in calls]
+        whole = self._worst(errors, None if self.is_apart else ())
+        if self.is_apart or math.isnan(whole[0]) or _difference(*whole) > MOST_ERROR_SHARE:
+            return whole
+        of_outputs = self._worst(errors, (self.dim,))
+        return of_outputs if _difference(*of_outputs) > MOST_ERROR_SHARE else whole
+
+    def _worst(self, errors: list[Tensor], kept: tuple[int, ...] | None) -> tuple[float, float]:
+        """Both shares of the output that differs most, on the input on which it differs least."""
+        tensors = zip(errors, self.changes, self.adapted, strict=True)
+        norms = [[_norms(part, adapted.isfinite(), kept) for part in (error, change, adapted)]
+                 for error, change, adapted in tensors]  # fmt: skip
+        error, change, size = (torch.cat(parts, dim=1) for parts in zip(*norms, strict=True))
         most = torch.maximum(change, error - change)
-        shares = torch.stack((error / most, error / size.clamp(min=TINY)))
-        shares = shares[:, most != 0] if self.is_apart else shares
-        if not shares.numel() or shares.isnan().any():
+        counts = (most != 0).any(dim=0)
+        shares = torch.stack((error / most, error / size.clamp(min=TINY)))[:, :, counts]
+        if not shares.numel() or shares[:, most[:, counts] != 0].isnan().any():
             return math.nan, math.nan
         differences = torch.minimum(shares[0], shares[1] * (MOST_ERROR_SHARE / LOST_SHARE))
-        counted = differences.argmax() if self.is_apart else differences.argmin()
-        return float(shares[0, counted]), float(shares[1, counted])
+        best, inputs = differences.where(most[:, counts] != 0, math.inf).min(dim=0)
+        output = best.argmax()
+        return float(shares[0, inputs[output], output]), float(shares[1, inputs[output], output])
 
 
 def unmerged(layer: Any, device: torch.device) -> Unmerged | None:
@@ -129,11 +147,12 @@ def _unmerged(layer: Any, inputs: list[tuple[Tensor, ...]]) -> Unmerged | None:
     for given in inputs:
         plain, output = _run(base_layer, given), _run(layer, given)
         counts = plain.isfinite() & output.isfinite()
-        changes.append(_norms(output - plain, counts, is_apart))
+        changes.append(output - plain)
         adapted.append(output.masked_fill_(~counts, math.nan))
     if not all(map(torch.equal, drawn, random_states())):
         return None  # PVeRA can draw random numbers on each call
-    return Unmerged(inputs=inputs, adapted=adapted, changes=changes, is_apart=is_apart)
+    dim = 1 if isinstance(base_layer, _CONVOLUTIONS) else -1
+    return Unmerged(inputs=inputs, adapted=adapted, changes=changes, is_apart=is_apart, dim=dim)
 
 
 _CONVOLUTIONS = nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -145,11 +164,18 @@ def _run(module: nn.Module, given: tuple[Tensor, ...]) -> Tensor:
     return values.clone()  # of 4 bits, it may be a view of what the layer still uses
 
 
-def _norms(values: Tensor, counts: Tensor, is_apart: bool) -> Tensor:
-    """The norm of each output of a batch, or of each row."""
+def _norms(values: Tensor, counts: Tensor, kept: tuple[int, ...] | None) -> Tensor:
+    """The norms over all dimensions but the first one, which counts inputs, and the `kept` ones: (inputs, outputs).
+
+    None: the norm of each row, as outputs of one input.
+    """
     rows = values.masked_fill(~counts, 0.0)
-    rows = rows.reshape(-1, values.shape[-1]) if is_apart else rows.reshape(len(values), -1)
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64)
+    if kept is None:
+        rows = rows.reshape(-1, values.shape[-1])[None]
+    else:
+        rows = rows.movedim(kept, tuple(range(1, len(kept) + 1))).flatten(len(kept) + 1)
+        rows = rows if kept else rows[:, None]
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=-1, dtype=torch.float64)
     return norms
 
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from merge_gate.engine.tensors.watch import unwatched
 from merge_gate.records.files import FileSpan
 
 HUGE_BYTES = 1 << 21
@@ -201,7 +202,7 @@ class LazyTensors:
 
 
 def _fill(mapped: _MappedGroup) -> None:
-    with torch.device("cpu"):  # PEFT makes layers without values under `torch.device("meta")`
+    with torch.device("cpu"), unwatched():  # PEFT makes layers without values under `torch.device("meta")`
         mapped.group.fill(mapped.tensors)
 
 

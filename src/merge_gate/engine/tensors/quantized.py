@@ -326,6 +326,11 @@ def scales(module: nn.Module, weight: Any) -> list[tuple[str, torch.Tensor]]:
     return PACKINGS[type(weight).__name__].scales(module, weight)
 
 
+def with_scales(module: nn.Module, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """A tensor, and the scales that its values depend on if it is quantized."""
+    return [tensor.data, *(scale for _, scale in scales(module, tensor))] if is_quantized(tensor) else [tensor.data]
+
+
 def has_layers_in(module: str, weight: Any) -> bool:
     """Whether a module of PEFT, given by name, has layers for this kind of weight."""
     return module.rpartition(".")[2] == PACKINGS[type(weight).__name__].layers

@@ -30,6 +30,7 @@ from merge_gate.features.forward.growth import may_stay, why_left_out
 from merge_gate.features.forward.rounding import MergedModel, with_rounding
 from merge_gate.features.forward.run import is_close, run_adapters, run_merged
 from merge_gate.records.measured import Evidence, Forward, MeasureOptions
+from merge_gate.records.refusals import Refused
 from merge_gate.worker.protocol import ForwardRunning, Task
 
 if TYPE_CHECKING:
@@ -86,15 +87,20 @@ class ModelRuns(Consumer):
             for runs, _ in running:
                 runs._on_run(True)
             try:
-                ran = cls._ran(running)
+                ran: list[Forward | Refused] = cls._ran(running)
             except Exception as error:
                 why_not = f"{type(error).__name__}: {first_line(error)}"[:200]
-                ran = [Forward(why_not=why_not, missing=True)] * len(running)
+                ran = [Forward(why_not=why_not, missing=True) for _ in running]
             for (runs, attempt), of_run in zip(running, ran, strict=True):
+                runs._is_due = False
+                if isinstance(of_run, Refused):
+                    attempt.evidence = replace(attempt.evidence, refusal=of_run.refusal)
+                    runs._on_run(False)
+                    continue
                 layers = attempt.evidence.forward.layers_compared
                 most = attempt.evidence.forward.largest_difference
                 forward = replace(of_run, layers_compared=layers, largest_difference=most)
-                attempt.evidence, runs._is_due = replace(attempt.evidence, forward=forward), False
+                attempt.evidence = replace(attempt.evidence, forward=forward)
                 runs._on_run(False)
 
     def _decide(self, attempt: MergeAttempt) -> None:
@@ -104,7 +110,7 @@ class ModelRuns(Consumer):
         self._is_due = not why_not
 
     @classmethod
-    def _ran(cls, running: Sequence[tuple[Self, MergeAttempt]]) -> list[Forward]:
+    def _ran(cls, running: Sequence[tuple[Self, MergeAttempt]]) -> list[Forward | Refused]:
         first, base = running[0][0], running[0][1].base
         if first._tries_base:
             run_adapters(base, [], first._tokens)
@@ -145,6 +151,8 @@ class ModelRuns(Consumer):
                     model = unmerged.model.get_base_model()
                     forward = with_rounding(base, model, merged, forward, self._tokens, error_limit=limit)
                     base.template = unmerged.template  # it is unchanged: the next adapter reuses it
+        except Refused as refused:
+            return replace(evidence, refusal=refused.refusal)
         except Exception:  # PEFT's second merge, or a model's own code
             return replace(evidence, forward=replace(forward, missing=True))
         finally:

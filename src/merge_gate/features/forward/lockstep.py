@@ -26,7 +26,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +35,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from merge_gate.engine.tensors.watch import Memory, Watch
 
 MOST_OPERATIONS = 200_000
 """The limit of one model's operations, for code that loops. A Llama with 80 layers needs about 10,000."""
@@ -52,12 +54,13 @@ Place = tuple[int, str]
 class ModelRun:
     """One model's forward pass. `own` gives this model's values of a lazy tensor, or None for the tensor's own.
 
-    `returned` is what the model returned. `error` is why it returned nothing.
+    Nothing is written into `memory`. `returned` is what the model returned. `error` is why it returned nothing.
     """
 
     model: Any
     inputs: Mapping[str, Any]
     own: Own | None = None
+    memory: Memory = field(default_factory=Memory)
     returned: Any = None
     error: BaseException | None = None
 
@@ -166,7 +169,7 @@ class _Thread:
     def _work(self) -> None:
         try:
             self._wait()
-            with torch.no_grad(), _Reads(self):
+            with torch.no_grad(), Watch(self._run.memory, "forward run"), _Reads(self):
                 self._run.returned = self._run.model(**self._run.inputs)
         except _Stopped:
             pass

@@ -37,6 +37,7 @@ from merge_gate.features.forward.activations import Activations, tensors_of, wat
 from merge_gate.features.forward.lockstep import ModelRun, run_together, with_norms_in_blocks
 from merge_gate.features.forward.rounding import MergedModel, with_output_error
 from merge_gate.records.measured import Forward
+from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Origin, Quantization
 
 MOST_CANDIDATES = 6
@@ -57,8 +58,8 @@ CLOSE = 0.9
 
 def run_adapters(
     base: Base, models: Sequence[Any], tokens: Collection[int] = (), targeted: Sequence[Sequence[str]] = ()
-) -> list[Forward]:
-    """Step 1. Run the base, and each of its adapters.
+) -> list[Forward | Refused]:
+    """Step 1. Run the base, and each of its adapters. Returns why an adapter is refused that writes into the base.
 
     Args:
         base: the base, which is loaded or a skeleton.
@@ -68,7 +69,7 @@ def run_adapters(
     """
     why_not = why_not_run(base)
     if why_not:
-        return [Forward(why_not=why_not)] * len(models)
+        return [Forward(why_not=why_not) for _ in models]
     failures = [Forward(why_not="its configuration names no inputs that are known here")]
     for name, inputs in itertools.islice(candidates(base.model), MOST_CANDIDATES):
         of_base, seen = _run_with_base(base, models, name, tokens)
@@ -79,10 +80,12 @@ def run_adapters(
         lacking = f"the model takes {missing} too" + "".join(f"; {failure.why_not}" for failure in failures[1:2])
         known = Forward(inputs=name, why_not=lacking if missing else None)
         return [
-            _forward(base, _with_coverage(known, outcome.activations.ran, model, paths, inputs), of_base, outcome)
+            outcome.error
+            if isinstance(outcome.error, Refused)
+            else _forward(base, _with_coverage(known, outcome.activations.ran, model, paths, inputs), of_base, outcome)
             for outcome, model, paths in zip(seen, models, targeted or [()] * len(models), strict=True)
         ]
-    return [failures[-1]] * len(models)
+    return [failures[-1] for _ in models]
 
 
 def _with_coverage(
@@ -129,9 +132,15 @@ def is_close(forward: Forward) -> bool:
 
 
 def run_merged(base: Base, merged: MergedModel, forward: Forward, tokens: Collection[int]) -> Forward:
-    """Steps 2 and 4, on the inputs of step 1."""
+    """Steps 2 and 4, on the inputs of step 1.
+
+    Raises:
+        Refused: the merged model writes into the base.
+    """
     inputs = _named(base, forward.inputs or "", tokens)
     of_base, of_merged = _run(base, [base.model, merged.model], inputs, merged.values, keeps=True)
+    if isinstance(of_merged.error, Refused):
+        raise of_merged.error
     made = _forward(base, forward, of_base, of_merged)
     if not made.ran or (base.lazy is not None and base.lazy.forget_touched()):
         return forward
@@ -184,7 +193,7 @@ def _run(
             stack.enter_context(_undone(model))
         seen = [_Seen(stack.enter_context(watched(model, _dtype(base)))) for model in models]
         for inputs in every:
-            runs = [ModelRun(model=model, inputs=_clones(inputs)) for model in models]
+            runs = [ModelRun(model=model, inputs=_clones(inputs), memory=base.memory) for model in models]
             runs[-1].own = values.get
             run_together(runs, base.tensors, base.filled)
             for outcome, run in zip(seen, runs, strict=True):

@@ -2,17 +2,22 @@
 
 **Fires when** one of these is not so:
 
+- A merge starts from the files. Before it, each place of the model has the base's tensor, a value of the adapter's
+  file, or what the method puts there by definition (PiSSA, OLoRA, CorDA). Each tensor of the adapter has the file's
+  values, in the file's order, or is as PEFT's injection has made it.
 - A merged layer computes what the layer with its adapter computes. PEFT merges the layer in float32, and the gate runs
-  it on made-up inputs, before and after. It fires if the outputs differ by more than 1 % of what the adapter changes,
-  and by more than 1e-5 of the output. All rows of an embedding and all experts count.
+  it on made-up inputs, before and after. It fires if an output differs by more than 1 % of what the adapter changes
+  of it, and by more than 1e-5 of the output. Every output of a layer counts.
 - A merged tensor in another dtype is that merge, within the roundings that PEFT makes. A quantized weight has the bits
   that its quantizer makes of PEFT's sum.
 - Every other tensor is the one that the base or the adapter's file has for that place.
-- Every layer of the adapter was merged, and nothing was written to the base.
+- Every layer of the adapter was merged, and nothing was written to the base, from the injection on.
+- A combination by `cat` is the weighted sum of its members' deltas, and one by `linear` is the product of the weighted
+  sums of their factors. PEFT alone vouches for combinations by other methods.
 
 Every layer that PEFT merges is compared, and one of each kind of the layers that the gate merges in blocks. [The page
 on methods](../reference/methods.md#layers-that-are-compared) says what is not compared. `coverage` in the report counts
-the layers that are proved and those that are not compared.
+the layers that are proved and those that are not, with the reasons. So does the summary of a run that passes.
 
 If PEFT merges a layer to other bits than the gate, PEFT merges all layers. If these merges are right, they count, and a
 note names the layers.
@@ -95,6 +100,8 @@ def _of_layers(case: MergeCase) -> Iterator[Finding]:
 
 _FAULTS: Mapping[str, str] = MappingProxyType(
     {
+        "load": "PEFT's load of the adapter has changed this place, for which the adapter's file has nothing",
+        "factors": "before the merge, the adapter's tensors in this layer are not those of its file",
         "before": "PEFT replaced it before its layer was merged",
         "in": "PEFT's merge in the final dtype is not its merge in float32, within rounding",
         "after": "it is not the tensor that the base, the adapter's file, or the merge of its layer has for this place",
@@ -102,6 +109,10 @@ _FAULTS: Mapping[str, str] = MappingProxyType(
         "packed": "the packed weight is not what the quantizer makes of PEFT's sum",
     }
 )
+
+
+_OF_LAYERS = ("factors", "not merged")
+"""Faults that have a layer in place of a tensor."""
 
 
 def _of_tensors(case: MergeCase) -> Iterator[Finding]:
@@ -115,8 +126,8 @@ def _of_tensors(case: MergeCase) -> Iterator[Finding]:
     yield merge_differs.finding(
         f"{worst.tensor} is wrong in the merged model: {_FAULTS[worst.fault]}{values}{factor}{also if others else ''}",
         _BROKEN.format(versions=f" ({case.evidence.versions})"),
-        module=worst.tensor if worst.fault == "not merged" else module_of(worst.tensor),
-        tensor=None if worst.fault == "not merged" else worst.tensor,
+        module=worst.tensor if worst.fault in _OF_LAYERS else module_of(worst.tensor),
+        tensor=None if worst.fault in _OF_LAYERS else worst.tensor,
         tensors=len(wrong),
         values=worst.values,
         factor=worst.factor,
@@ -126,13 +137,43 @@ def _of_tensors(case: MergeCase) -> Iterator[Finding]:
 _BROKEN = "PEFT or torch is broken{versions}: install other versions, or serve the adapter unmerged"
 
 
-def base_written(tensor: str, operation: str) -> Finding:
+def base_written(tensor: str, operation: str, step: str) -> Finding:
     return merge_differs.finding(
-        f"PEFT's merge writes into {tensor} in the memory of the base ({operation}): the merge was stopped before that",
+        f"PEFT's {step} writes into {tensor} in the memory of the base ({operation}): it was stopped before that",
         _BROKEN.format(versions=""),
         module=module_of(tensor),
         tensor=tensor,
     )
 
 
-REFUSALS = (base_written,)
+def place_changed(tensor: str, step: str) -> Finding:
+    return merge_differs.finding(
+        f"{tensor} is wrong before the merge: PEFT's {step} has put something else in its place than the base has",
+        _BROKEN.format(versions=""),
+        module=module_of(tensor),
+        tensor=tensor,
+    )
+
+
+def factors_displaced(module: str, joined: float) -> Finding:
+    return merge_differs.finding(
+        f"PEFT has put the factors of {module} in another order than the file's: what it adds there is not what the "
+        f"base's class makes of tensors of the same names ({counted(int(joined), 'tensor')} of the file were joined)",
+        _BROKEN.format(versions=""),
+        module=module,
+    )
+
+
+def combined_wrongly(module: str, method: str, share: float) -> Finding:
+    must_be = {
+        "cat": "the weighted sum of its members' deltas",
+        "linear": "the product of the weighted sums of their factors",
+    }[method]
+    return merge_differs.finding(
+        f"{module} of the combination is not {must_be}: it differs from that by {share:.0%}",
+        _BROKEN.format(versions=""),
+        module=module,
+    )
+
+
+REFUSALS = (base_written, place_changed, factors_displaced, combined_wrongly)

@@ -335,4 +335,15 @@ def _of_passed(report: Report) -> str:
         return "The files are sound."
     whose = (" of this shard" if report.shard else "") + (" that passed" if report.accepted else "")
     accepted = "The baseline accepts the known failures until their last day. " if report.accepted else ""
-    return f"{accepted}Every parameter of every merged model{whose} is finite."
+    return f"{accepted}Every parameter of every merged model{whose} is finite.{_not_proved(report)}"
+
+
+def _not_proved(report: Report) -> str:
+    """How many layers were merged without a proof, and why."""
+    coverages = [adapter.coverage for adapter in report.adapters]
+    layers = sum(coverage.layers_not_proved for coverage in coverages)
+    reasons = sorted({reason for coverage in coverages for reason in coverage.reasons_not_proved})
+    if not layers:
+        return ""
+    verb = "is" if layers == 1 else "are"
+    return f" The merge of {counted(layers, 'layer')} {verb} not proved: {'; or '.join(reasons)}."

@@ -1,0 +1,186 @@
+"""What an adapted model holds: the tensors of the adapter, and the places of the model without its layers.
+
+In: a scratch copy with an adapter's layers. Out: `Place`s and tensors, and `Refused` for a place that PEFT's injection
+has changed and that it must not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from torch import nn
+
+from merge_gate.engine.adapter.peft_config import initialization_writes_to_base
+from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.tensors.measure import same_bits, shares_storage
+from merge_gate.engine.tensors.quantized import is_quantized, with_scales
+from merge_gate.records.refusals import Refused
+
+FLOAT32 = 2.0**-20
+"""The error of a few steps in float32, as a share of the values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A place of the model that PEFT's unloading returns, by its name there, and the tensor that it has now.
+
+    `layers` are PEFT's layers around it, with their paths. `is_copy`: the tensor belongs to a copy that was trained
+    whole (`modules_to_save`). `is_saved` is false for a buffer that no file of a model has.
+    """
+
+    name: str
+    module: nn.Module
+    tensor: torch.Tensor
+    layers: tuple[tuple[str, Any], ...] = ()
+    is_copy: bool = False
+    is_saved: bool = True
+
+
+def places_of(
+    module: Any, path: str = "", layers: tuple[tuple[str, Any], ...] = (), *, is_copy: bool = False
+) -> Iterator[Place]:
+    """The places below a module of a model with an adapter's layers."""
+    if isinstance(module, ModulesToSaveWrapper):
+        active = module.active_adapters
+        inner = module.modules_to_save[module.active_adapter] if active else module.original_module
+        yield from places_of(inner, path, layers, is_copy=bool(active))
+    elif isinstance(module, TrainableTokensWrapper):
+        yield from places_of(module.token_adapter, path, layers, is_copy=is_copy)
+    elif isinstance(module, BaseTunerLayer):
+        yield from places_of(module.base_layer, path, (*layers, (path.removesuffix("."), module)), is_copy=is_copy)
+    else:
+        of_run = module._non_persistent_buffers_set
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                saved = name not in of_run
+                yield Place(
+                    name=path + name, module=module, tensor=tensor, layers=layers, is_copy=is_copy, is_saved=saved
+                )
+        for name, child in module._modules.items():
+            if child is not None:
+                yield from places_of(child, f"{path}{name}.", layers, is_copy=is_copy)
+
+
+def is_of_base(base: Base, place: Place) -> bool:
+    """Whether a place holds the base's own memory for it, and the base's own scales."""
+    known = base.tensors.get(base.first_name(place.name))
+    if known is None or not shares_storage(known, place.tensor):
+        return False
+    if not is_quantized(place.tensor):
+        return True
+    return all(base.memory.name_of(part) is not None for part in with_scales(place.module, place.tensor))
+
+
+def has_bits_of_base(base: Base, place: Place) -> bool:
+    """Whether a place has the base's values for it. Of a longer vocabulary, the common rows count."""
+    name = base.first_name(place.name)
+    known, tensor = base.tensors.get(name), place.tensor.data
+    if known is None or is_quantized(known) or is_quantized(tensor) or known.dim() != tensor.dim():
+        return False
+    rows = slice(min(len(known), len(tensor))) if known.dim() and known.shape[1:] == tensor.shape[1:] else ...
+    with base.filled([name]):
+        return same_bits(known.data[rows], tensor.to(known.device)[rows])
+
+
+# --- the adapter's own tensors ---------------------------------------------------------------------------------------
+
+Holder = tuple[int, str]
+"""The id of the dictionary that holds a tensor, and its key there."""
+
+
+def adapter_tensors(layer: Any) -> Iterator[tuple[Holder, torch.Tensor]]:
+    """Every tensor of the adapter in a tuner layer and in those inside of it: parameters, buffers, and plain tensors.
+
+    Spectrum indices and permutations are plain tensors in a dictionary.
+    """
+    for inner in layer.modules():
+        if isinstance(inner, BaseTunerLayer):
+            for module in _own_modules(inner):
+                held = [value for value in vars(module).values() if isinstance(value, dict)]
+                for holder in (vars(module), *held):
+                    for name, tensor in holder.items():
+                        if isinstance(tensor, torch.Tensor):
+                            yield (id(holder), name), tensor
+
+
+def _own_modules(module: Any) -> Iterator[nn.Module]:
+    yield module
+    for name, child in module._modules.items():
+        if child is not None and name != "base_layer":
+            yield from _own_modules(child)
+
+
+def snapshot_of(model: Any) -> dict[Holder, torch.Tensor]:
+    """Copies of the adapter's tensors in a model."""
+    layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    return {holder: tensor.detach().clone() for layer in layers for holder, tensor in adapter_tensors(layer)}
+
+
+# --- after the injection ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injected:
+    """What PEFT's injection has left: places with other memory than the base's, and the adapter's first tensors.
+
+    `own` are a longer vocabulary, and weights that the method changes by definition. `unaccounted` names those of them
+    of which nothing says what they have to be. `first` has copies of the adapter's tensors; None if they are blank.
+    """
+
+    own: Mapping[str, torch.Tensor]
+    unaccounted: frozenset[str] = frozenset()
+    first: Mapping[Holder, torch.Tensor] | None = None
+
+
+def accounted(model: Any, base: Base, config: Any, *, blank: bool) -> Injected:
+    """Compare each place of a model with the base, right after the injection.
+
+    PiSSA, OLoRA, and CorDA leave the weight less the product of their first factors. LoftQ, KaSA, and a weight that was
+    packed again leave no such identity.
+
+    Raises:
+        Refused: a place holds anything else.
+    """
+    own, unaccounted = dict[str, torch.Tensor](), set[str]()
+    rewrites = initialization_writes_to_base(config) or bool(getattr(config, "kasa_config", None))
+    for place in places_of(model.get_base_model()):
+        if base.first_name(place.name) not in base.tensors or place.is_copy or is_of_base(base, place):
+            continue
+        own[place.name] = place.tensor.data
+        layer = next((layer for _, layer in place.layers if isinstance(layer, LoraLayer)), None)
+        is_rewritten = rewrites and layer is not None and place.name.endswith(".weight")
+        if is_rewritten and (is_quantized(place.tensor) or not _leaves_residual(config)):
+            unaccounted.add(place.name)
+        elif not has_bits_of_base(base, place) and not (is_rewritten and _is_residual(base, place, layer)):
+            raise Refused("place_changed", tensor=place.name, step="injection")
+    return Injected(own=own, unaccounted=frozenset(unaccounted), first=None if blank else snapshot_of(model))
+
+
+def _leaves_residual(config: Any) -> bool:
+    return str(config.init_lora_weights).lower() != "loftq" and not config.kasa_config
+
+
+def _is_residual(base: Base, place: Place, layer: Any) -> bool:
+    """Whether a weight is the base's, less the product of the layer's first factors, within rounding."""
+    name, left = base.first_name(place.name), place.tensor.data
+    known = base.tensors.get(name)
+    if known is None or known.shape != left.shape or len(layer.lora_A) != 1:
+        return False
+    (key,), eps = layer.lora_A, torch.finfo(left.dtype).eps
+    a, b = (factors[key].weight.data.flatten(1).float() for factors in (layer.lora_A, layer.lora_B))
+    product, sizes = layer.scaling[key] * (b @ a), abs(layer.scaling[key]) * (b.abs() @ a.abs())
+    with base.filled([name]):
+        was = known.data.to(left.device).float()
+    for change, size in ((product, sizes), (product.T, sizes.T)):  # PiSSA of a Conv1D has the transposed product
+        if change.numel() == was.numel():
+            exact, room = was - change.reshape(was.shape), size.reshape(was.shape)
+            room = exact.abs() * (eps / 2) + room * eps + (was.abs().amax() + room) * FLOAT32
+            if bool(((left.float() - exact).abs() <= room).all()):
+                return True
+    return False

@@ -1,0 +1,483 @@
+"""The proof begins at the files: faults of PEFT before the first merge, and in what a merge starts from.
+
+| fault | found |
+|---|---|
+| injection or load change a place of the model | by the account of places |
+| they write into the memory of the base | before the write, by the watch |
+| the adapter's tensors change between load and merge | by their values, right before the merge |
+| experts in another order than in the file | by the conversions of the base's own class |
+| what PiSSA and OLoRA leave of a weight | by the product of their first factors |
+| noise and wrong strengths in 16 bits | by the roundings that each class makes |
+| one output that is not merged | by itself |
+| `combine` with other weights than asked for | by the factors of the files |
+"""
+
+import contextlib
+import copy
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LNTuningConfig, LoHaConfig, LoraConfig, get_peft_model
+from peft.peft_model import PeftModel
+from peft.tuners import hira, lora, vera
+from peft.tuners.ln_tuning.layer import LNTuningLayer
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import LoraModel
+from peft.tuners.lycoris_utils import LycorisLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+from transformers import core_model_loading
+
+from merge_gate.engine.merge import proof
+from merge_gate.records.config import Combine
+from merge_gate.records.terms import Quantization, Verdict
+from tests.support import methods
+from tests.support.engine.merges import NOT_RUN
+from tests.support.engine.wrong_merges import Fault
+from tests.support.gating import Bench, Gate, Judgement
+
+PROVED = {
+    "lora": methods.make_case("from-lora", "llama-bias", "LoraConfig", r=2, target_modules=["q_proj", "v_proj"]),
+    "loha": methods.make_case("from-loha", "llama-bias", "LoHaConfig", r=2, target_modules=["q_proj", "v_proj"]),
+}
+"""A method whose layers go in blocks, and one whose layers PEFT merges."""
+
+Change = Callable[[nn.Module], None]
+
+
+@pytest.fixture(scope="module")
+def bench(bench: Bench) -> Bench:
+    return dataclasses.replace(bench, gate=Gate(no_forward=NOT_RUN))
+
+
+def judged(
+    bench: Bench, case: methods.Case, dtype: str = "float32", quantization: Quantization = Quantization.NONE
+) -> Judgement:
+    for base in bench.gate.loaded.values():
+        base.template = base.pattern = None
+    return bench.gate.judge(bench.adapter(case), bench.base_directory(case.base, dtype), quantization=quantization)
+
+
+def assert_differs(judgement: Judgement, where: object = None) -> None:
+    assert (judgement.verdict, judgement.cause) == (Verdict.FAILED, "merge-differs"), (where, judgement)
+
+
+def assert_found(judgement: Judgement, where: tuple[str, str]) -> None:
+    """The load that exchanges layers leaves the factors in other places than the file's, too."""
+    if where == ("layers exchanged", "load"):
+        assert judgement.cause == "keys-missing", judgement
+        assert "merge-differs" in {finding.check for finding in judgement.findings}, judgement
+    else:
+        assert_differs(judgement, where)
+
+
+def assert_passes(judgement: Judgement, where: object = None) -> None:
+    assert judgement.verdict is Verdict.PASSED, (where, judgement)
+
+
+@contextlib.contextmanager
+def peft_changes(step: str, change: Change, *, only: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """PEFT changes the model at the end of its injection, or of its load. `judged` injects for each adapter."""
+    owner, name = (BaseTuner, "inject_adapter") if step == "injection" else (PeftModel, "load_adapter")
+    own = getattr(owner, name)
+
+    def with_change(self: Any, *given: Any, **named: Any) -> Any:
+        returned = own(self, *given, **named)
+        if only():
+            change(given[0] if step == "injection" else self.get_base_model())
+        return returned
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(owner, name, with_change)
+        yield
+
+
+def parameters(model: nn.Module, end: str) -> list[nn.Parameter]:
+    """The parameters whose places end so."""
+    named = model.named_parameters()
+    return [parameter for path, parameter in named if path.replace("base_layer.", "").endswith(end)]
+
+
+def replaced(end: str, values: Callable[[Tensor], Tensor]) -> Change:
+    def change(model: nn.Module) -> None:
+        for parameter in parameters(model, end):
+            parameter.data = values(parameter.data)
+
+    return change
+
+
+def written(end: str, write: Callable[[nn.Parameter], object]) -> Change:
+    def change(model: nn.Module) -> None:
+        with torch.no_grad():
+            for parameter in parameters(model, end):
+                write(parameter)
+
+    return change
+
+
+def exchanged(model: nn.Module) -> None:
+    for module in model.modules():
+        if hasattr(module, "q_proj"):
+            module.q_proj, module.k_proj = module.k_proj, module.q_proj
+
+
+def through_storage(parameter: nn.Parameter) -> None:
+    torch.empty(0, dtype=parameter.dtype).set_(parameter.data.untyped_storage()).mul_(1.1)
+
+
+def in_a_thread(parameter: nn.Parameter) -> None:
+    thread = threading.Thread(target=lambda: parameter.data.mul_(1.1))
+    thread.start()
+    thread.join()
+
+
+NEW: dict[str, Change] = {
+    "norms times 1.1": replaced("post_attention_layernorm.weight", lambda values: values * 1.1),
+    "layers exchanged": exchanged,
+    "a target times 1.1": replaced("q_proj.weight", lambda values: values * 1.1),
+    "an embedding reversed": replaced("embed_tokens.weight", lambda values: values.flip(0)),
+    "biases of zeros": replaced("v_proj.bias", torch.zeros_like),
+}
+WRITES: dict[str, Change] = {
+    "itself": written("post_attention_layernorm.weight", lambda parameter: parameter.mul_(1.1)),
+    "data": written("q_proj.weight", lambda parameter: parameter.data.mul_(1.1)),
+    "a view": written("embed_tokens.weight", lambda parameter: parameter.data[1:].view(-1).mul_(1.1)),
+    "out": written("k_proj.weight", lambda parameter: torch.neg(parameter.data, out=parameter.data)),
+    "set_": written("o_proj.weight", through_storage),
+    "another thread": written("o_proj.weight", in_a_thread),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("method", PROVED)
+@pytest.mark.parametrize("step", ["injection", "load"])
+def test_a_place_that_peft_changes_before_the_merge_is_found(step, method, dtype, bench) -> None:
+    for name, change in NEW.items():
+        with peft_changes(step, change):
+            assert_found(judged(bench, PROVED[method], dtype), (name, step))
+    assert_passes(judged(bench, PROVED[method], dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("method", PROVED)
+@pytest.mark.parametrize("step", ["injection", "load"])
+def test_a_write_into_the_base_is_refused_before_it_happens(step, method, dtype, bench) -> None:
+    assert_passes(judged(bench, PROVED[method], dtype))
+    (base,) = (one for key, one in bench.gate.loaded.items() if key[0].endswith(f"llama-bias/{dtype}"))
+    before = {name: tensor.clone() for name, tensor in base.tensors.items()}
+    for name, change in WRITES.items():
+        with peft_changes(step, change):
+            assert_differs(judged(bench, PROVED[method], dtype), (name, step))
+        for tensor, values in before.items():
+            assert torch.equal(base.tensors[tensor], values), (name, step, tensor)
+    assert_passes(judged(bench, PROVED[method], dtype))
+
+
+@pytest.mark.parametrize("quantization", [Quantization.BNB_8BIT, Quantization.BNB_4BIT])
+@pytest.mark.parametrize("step", ["injection", "load"])
+def test_a_change_of_a_quantized_base_is_found(step: str, quantization: Quantization, bench: Bench) -> None:
+    case = PROVED["lora"]
+    assert_passes(judged(bench, case, "bfloat16", quantization))
+    changes = {
+        "norm": NEW["norms times 1.1"],
+        "norm in place": WRITES["itself"],
+        "packed in place": written("q_proj.weight", lambda parameter: parameter.data.zero_()),
+        "packed": replaced("q_proj.weight", lambda values: values.flip(0)),
+        "layers exchanged": exchanged,
+    }
+    for name, change in changes.items():
+        with peft_changes(step, change):
+            assert_found(judged(bench, case, "bfloat16", quantization), (name, step))
+    assert_passes(judged(bench, case, "bfloat16", quantization))
+
+
+@pytest.mark.parametrize("method", PROVED)
+def test_a_write_at_the_first_load_reaches_no_other_adapter(method: str, bench: Bench, tmp_path: Path) -> None:
+    case, loads = PROVED[method], iter([True])
+    base = bench.base_directory(case.base, "float32")
+    gate = Gate(no_forward=NOT_RUN)
+    with peft_changes("load", WRITES["data"], only=lambda: next(loads, False)):
+        judgements = [gate.judge(bench.adapter(case), base) for _ in range(3)]
+    assert_differs(judgements[0])
+    assert judgements[0].findings[0].message.startswith("PEFT's load writes into")
+    for judgement in judgements[1:]:
+        assert_passes(judgement)
+        assert judgement.evidence.merges == bench.gate.judge(bench.adapter(case), base).evidence.merges
+
+
+def test_a_buffer_that_a_load_copies_onto_itself_is_no_write(bench: Bench) -> None:
+    """torch does so with `num_batches_tracked`, if the file has none."""
+    case = methods.make_case("saved-norm", "resnet", "LoraConfig", r=2, target_modules=methods.CONV,
+                             modules_to_save=["normalization"])  # fmt: skip
+    assert_passes(judged(bench, case))
+
+
+# --- the adapter's tensors -----------------------------------------------------------------------------------------
+
+
+def factors(model: nn.Module, attribute: str) -> Iterator[nn.Parameter]:
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer) and hasattr(layer, attribute):
+            for held in getattr(layer, attribute).values():
+                yield held.weight if isinstance(held, nn.Module) else held
+
+
+def scaled(attribute: str, factor: float) -> Change:
+    def change(model: nn.Module) -> None:
+        for parameter in factors(model, attribute):
+            parameter.data = parameter.data * factor
+
+    return change
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("name", "attribute"), [("loha-linear", "hada_w1_a"), ("lora-experts", "lora_B")])
+def test_factors_that_change_between_load_and_merge_are_found(name, attribute, dtype, bench, monkeypatch) -> None:
+    unload = BaseTuner._unload_and_optionally_merge
+
+    def with_change(tuner: Any, *given: Any, **named: Any) -> Any:
+        scaled(attribute, 1.3)(tuner.model)
+        return unload(tuner, *given, **named)
+
+    monkeypatch.setattr(BaseTuner, "_unload_and_optionally_merge", with_change)
+    assert_differs(judged(bench, methods.find(name), dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_shared_factor_that_shrinks_with_each_merge_is_found(dtype: str, bench: Bench, monkeypatch) -> None:
+    merge = vera.layer.Linear.merge
+
+    def shrinking(layer: Any, *given: Any, **named: Any) -> None:
+        merge(layer, *given, **named)
+        next(iter(layer.vera_A.values())).data.mul_(0.9)
+
+    case = methods.make_case("vera-four", "llama", "VeraConfig", r=4, target_modules=["q_proj", "k_proj", "o_proj"])
+    assert_passes(judged(bench, case, dtype))
+    monkeypatch.setattr(vera.layer.Linear, "merge", shrinking)
+    assert_differs(judged(bench, case, dtype))
+
+
+@pytest.mark.parametrize("name", ["vera-two", "fourierft-linear", "shira-linear", "randlora-linear"])
+def test_what_peft_makes_of_the_configuration_must_stay_as_injected(name: str, bench: Bench) -> None:
+    """Seeded projections, and indices: the file has none of them."""
+
+    def change(model: nn.Module) -> None:
+        for layer in model.modules():
+            for held in ("vera_A", "indices", "shira_indices", "randlora_A"):
+                if isinstance(layer, BaseTunerLayer) and (values := getattr(layer, held, None)) is not None:
+                    for key in values:
+                        values[key] = values[key].roll(1, -1)
+
+    assert_passes(judged(bench, methods.find(name)))
+    with peft_changes("load", change):
+        judgement = judged(bench, methods.find(name))
+    assert judgement.verdict is Verdict.FAILED, judgement
+    assert {finding.check for finding in judgement.findings} & {"merge-differs", "keys-missing"}, judgement
+
+
+def test_experts_in_another_order_than_in_the_file_are_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The conversion of the base's own tensors is right, and that of LoRA's is not."""
+    case = methods.find("lora-experts-one-by-one")
+    healthy = judged(bench, case)
+    assert_passes(healthy)
+    assert not healthy.evidence.not_compared
+    convert = core_model_loading.MergeModulelist.convert
+
+    def reversed_experts(operation: Any, given: dict[str, Any], *others: Any, **named: Any) -> Any:
+        if any("lora" in str(value) for value in (*given, *named.values())):
+            given = {name: values[::-1] if isinstance(values, list) else values for name, values in given.items()}
+        return convert(operation, given, *others, **named)
+
+    monkeypatch.setattr(core_model_loading.MergeModulelist, "convert", reversed_experts)
+    judgement = judged(bench, case)
+    assert_differs(judgement)
+    assert "in another order" in judgement.findings[0].message
+
+
+# --- what the injection rewrites by definition ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+def test_what_is_left_of_a_weight_is_compared(name: str, dtype: str, bench: Bench, monkeypatch) -> None:
+    case = methods.find(f"lora-{name}")
+    assert_passes(judged(bench, case, dtype))
+    initialize = getattr(LoraLayer, f"{name}_init")
+
+    def wrong(layer: Any, *given: Any) -> None:
+        initialize(layer, *given)
+        layer.get_base_layer().weight.data *= 1.1
+
+    monkeypatch.setattr(LoraLayer, f"{name}_init", wrong)
+    assert_differs(judged(bench, case, dtype))
+
+
+def test_a_rewritten_weight_without_an_identity_is_named(bench: Bench) -> None:
+    evidence = judged(bench, methods.find("lora-kasa")).evidence
+    assert evidence.not_compared == (
+        ("model.layers.0.self_attn.q_proj", "its initialization changes the weight in a way that nothing proves"),
+    )
+
+
+# --- batch norms ---------------------------------------------------------------------------------------------------
+
+
+def batch_norm(bench: Bench, dtype: str) -> Path:
+    """LN tuning of a batch norm, whose running statistics have moved in training."""
+    directory = bench.root / "batch-norm" / dtype
+    if not directory.exists():
+        target = "encoder.stages.1.layers.0.layer.0.normalization"
+        with methods.quiet():
+            model: Any = get_peft_model(
+                copy.deepcopy(bench.base("resnet", dtype)), LNTuningConfig(target_modules=[target])
+            )
+        for layer in model.modules():
+            for trained in layer.ln_tuning_layers.values() if isinstance(layer, LNTuningLayer) else ():
+                trained.running_mean += 0.3
+                trained.running_var *= 1.5
+                trained.weight.data += 0.1
+        model.save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+def test_a_batch_norm_with_moved_statistics_passes(dtype: str, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter, base = batch_norm(bench, dtype), bench.base_directory("resnet", dtype)
+    assert_passes(bench.gate.judge(adapter, base))
+    merge = LNTuningLayer.merge
+
+    def wrong(layer: Any, *given: Any, **named: Any) -> None:
+        merge(layer, *given, **named)
+        layer.base_layer.running_mean *= 1.1
+
+    monkeypatch.setattr(LNTuningLayer, "merge", wrong)
+    assert_differs(bench.gate.judge(adapter, base))
+
+
+# --- 16 bits -------------------------------------------------------------------------------------------------------
+
+
+def noise(weight: Tensor, share: float = 0.02) -> Tensor:
+    signs = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)).sign()
+    return weight + share * weight.abs().max() * signs.to(weight.dtype)
+
+
+IN_16 = {
+    "loha-linear": (LycorisLayer, lambda merge: noise(merge.after)),
+    "lora-experts": (lora.layer.ParamWrapper, lambda merge: noise(merge.after)),
+    "lora-experts-one": (lora.layer.ParamWrapper, lambda merge: merge.by(1.3)),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", IN_16)
+def test_one_more_rounding_gives_no_method_a_looser_limit(name: str, dtype: str, bench: Bench) -> None:
+    """The multiplication by one is another operation in 16 bits."""
+    kind, way = IN_16[name]
+    fault = Fault(lambda merge: way(merge) * 1, lambda made, _safe: made is methods.DTYPES[dtype])
+    with fault.made(kind):
+        judgement = judged(bench, methods.find(name), dtype)
+    assert fault.broken
+    assert_differs(judgement)
+
+
+@pytest.mark.parametrize("std", [0.03, 0.06])
+def test_hira_with_another_strength_in_16_bits_is_found(std: float, bench: Bench) -> None:
+    """Changes of 0.2 % and 0.9 % of the weight."""
+    case = methods.make_case(f"hira-{std}", "llama-tall", "HiraConfig", r=4, target_modules=["up_proj", "down_proj"])
+    with methods.quiet():
+        model: Any = get_peft_model(copy.deepcopy(bench.base(case.base, "float32")), case.config())
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "hira" in name:
+            parameter.data += std * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(bench.root / case.name)
+    base = bench.base_directory(case.base, "bfloat16")
+    healthy = bench.gate.judge(bench.root / case.name, base)
+    assert "merge-differs" not in {finding.check for finding in healthy.findings}, healthy
+    for factor in (-1.0, 0.0, 1.5):
+        fault = Fault(lambda merge, factor=factor: merge.by(factor), lambda made, _safe: made is torch.bfloat16)
+        with fault.made(hira.layer.Linear):
+            judgement = bench.gate.judge(bench.root / case.name, base)
+        assert "merge-differs" in {finding.check for finding in judgement.findings}, (factor, judgement)
+
+
+# --- each output by itself -----------------------------------------------------------------------------------------
+
+WIDE: dict[str, tuple[nn.Module, tuple[int, ...]]] = {
+    "linear": (nn.Linear(8, 32_003), (32_002,)),
+    "convolution": (nn.Conv2d(2, 8_003, 1), (8_002,)),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WIDE)
+def test_the_last_output_is_compared_by_itself(name: str) -> None:
+    """A row of 32,003 has 0.56 % of the norm, which is below the limit of a whole layer."""
+    module, rows = WIDE[name]
+    model: Any = get_peft_model(
+        nn.Sequential(copy.deepcopy(module)), LoHaConfig(r=2, target_modules=["0"], init_weights=False)
+    )
+    layer = next(one for one in model.modules() if isinstance(one, LycorisLayer))
+    before, weight = proof.unmerged(layer, torch.device("cpu")), layer.get_base_layer().weight
+    was = weight.data.clone()
+    layer.merge()
+    healthy = before.compared("0", "Linear", layer.base_layer)
+    assert not proof.differs(healthy)
+    for row in rows:
+        weight.data[row] = was[row]
+    assert proof.differs(before.compared("0", "Linear", layer.base_layer))
+
+
+@torch.no_grad()
+def test_each_output_of_attention_is_compared_by_itself() -> None:
+    model: Any = get_peft_model(
+        nn.Sequential(nn.MultiheadAttention(600, 2)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    )
+    layer = next(one for one in model.modules() if isinstance(one, lora.layer.MultiheadAttention))
+    before = proof.unmerged(layer, torch.device("cpu"))
+    was = layer.base_layer.out_proj.base_layer.weight.data.clone()
+    layer.merge()
+    assert not proof.differs(before.compared("0", "MultiheadAttention", layer.base_layer))
+    layer.base_layer.out_proj.base_layer.weight.data[-1] = was[-1]
+    assert proof.differs(before.compared("0", "MultiheadAttention", layer.base_layer))
+
+
+# --- combinations --------------------------------------------------------------------------------------------------
+
+OTHER_WEIGHTS: dict[str, Callable[[list[float]], list[float]]] = {
+    "of minus one": lambda weights: [-1.0] * len(weights),
+    "10 % off": lambda weights: [1.1 * weight for weight in weights],
+    "of one": lambda weights: [1.0] * len(weights),
+}
+
+
+@pytest.mark.parametrize("way", OTHER_WEIGHTS)
+@pytest.mark.parametrize("method", ["cat", "linear"])
+def test_a_combination_with_other_weights_is_found(method: str, way: str, bench: Bench, monkeypatch) -> None:
+    members = tuple(bench.adapter(dataclasses.replace(PROVED["lora"], name=f"member-{number}")) for number in (0, 1))
+    base = bench.base_directory(PROVED["lora"].base, "float32")
+    combine = Combine(method=method, adapters=("one", "two"), weights=(0.7, 0.2))
+    assert_passes(bench.gate.combine(members, base, combine))
+    add = LoraModel.add_weighted_adapter
+
+    def wrong(model: Any, adapters: list[str], weights: list[float], *given: Any, **named: Any) -> Any:
+        return add(model, adapters, OTHER_WEIGHTS[way](weights), *given, **named)
+
+    monkeypatch.setattr(LoraModel, "add_weighted_adapter", wrong)
+    assert_differs(bench.gate.combine(members, base, combine))
+
+
+@pytest.mark.parametrize("method", ["svd", "ties"])
+def test_of_other_methods_the_report_says_that_peft_alone_vouches(method: str, bench: Bench) -> None:
+    members = tuple(bench.adapter(dataclasses.replace(PROVED["lora"], name=f"member-{number}")) for number in (0, 1))
+    base = bench.base_directory(PROVED["lora"].base, "float32")
+    combine = Combine(method=method, adapters=("one", "two"), weights=(0.7, 0.2), density=0.5)
+    evidence = bench.gate.combine(members, base, combine).evidence
+    assert {reason for _, reason in evidence.not_compared} == {f"PEFT alone vouches for a combination by {method}"}
+    assert len(evidence.not_compared) == 2
