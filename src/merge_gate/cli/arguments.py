@@ -245,7 +245,7 @@ def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) 
 def requested_config(arguments: argparse.Namespace) -> Config:
     """The configuration in the file, or that of the adapters named on the command line."""
     from merge_gate.config.exchanged import refuse_exchanged_base
-    from merge_gate.config.from_arguments import config_of, names_a_file, refuse_empty
+    from merge_gate.config.from_arguments import config_of, names_a_file
     from merge_gate.config.load_config import load_config
     from merge_gate.judging.policies import POLICIES
 
@@ -263,7 +263,6 @@ def requested_config(arguments: argparse.Namespace) -> Config:
     else:
         if getattr(arguments, "container", False):
             raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
-        refuse_empty(arguments.names)
         refuse_exchanged_base(arguments.command, values["base"], arguments.names)
         config = config_of(
             arguments.names,

@@ -213,6 +213,8 @@ def _missing(listing: _Listing, is_missing: str, hint: str = "") -> Finding:
 
 
 def _advise_missing(listing: _Listing) -> str:
+    if not listing.everything and not listing.nested:
+        return "check that an earlier step has created or downloaded it"
     if listing.nested:
         *_, latest = ordered = sorted(listing.nested, key=_checkpoint_order)
         if _checkpoint_order(latest)[0] < 0 and len(ordered) > 1:
