@@ -111,7 +111,14 @@ def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
 
 def _class_mismatch(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
-    if evidence.instead_of is not None:
+    if evidence.instead_of is not None and evidence.base.loaded_as.endswith("EncoderModel"):
+        yield base_mismatch.finding(
+            f"the adapter has tensors for the encoder alone, and its targets are in the rest of {evidence.instead_of} "
+            f"too: the gate merged it into {evidence.base.loaded_as}",
+            "if more than the encoder was trained, tensors were lost: save the adapter again",
+            severity=NOTE,
+        )
+    elif evidence.instead_of is not None:
         yield base_mismatch.finding(
             f"task_type {case.files.config.task_type} in adapter_config.json stands for {evidence.instead_of}, but the "
             f"adapter's tensors have the names of {evidence.base.loaded_as}: the gate merged it into that class",
