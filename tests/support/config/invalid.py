@@ -144,6 +144,8 @@ WRONG: dict[str, tuple[str, str]] = {
     "error limit of a check without": (LIST + "checks: {headroom: {error-limit: 1}}\n", "3:21"),
     "error limit zero": (LIST + "checks: {delta-norm: {error-limit: 0}}\n", "3:36"),
     "error limit below the limit": (LIST + "checks: {delta-norm: {error-limit: 5}}\n", "3:23"),
+    "wiped of a check without": (LIST + "checks: {headroom: {wiped: warning}}\n", "3:21"),
+    "wiped as another word": (LIST + "checks: {delta-norm: {wiped: off}}\n", "3:30"),
     "limit in percent": (LIST + "checks: {headroom: {limit: 50}}\n", "3:28"),
     "error limit in percent": (LIST + "checks: {rounding-loss: {error-limit: 90}}\n", "3:39"),
     "share far above 1": (LIST + "checks: {rounding-loss: {limit: 1000}}\n", "3:33"),
