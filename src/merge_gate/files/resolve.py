@@ -11,13 +11,14 @@ import hashlib
 import os
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.companion_names import Companion, companion_kind, is_carried, is_harmless
 from merge_gate._internal.errors import GateError, ResolveError
 from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.files import base_files
+from merge_gate.files import base_files, named_base
 from merge_gate.files.headers import PickleReader, shown
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.not_judged import accident, not_judged
@@ -184,7 +185,10 @@ class Inputs:
             is_of_config = entry.spec.base.model is not None
             hint = base.hint if is_of_config else "; ".join(filter(None, (_NAMED_BY_ADAPTER, base.hint)))
             return replace(entry, problem=_refused(base, hint))
-        return replace(entry, base=base)
+        members = (
+            entry.members if entry.spec.base.model is None else map(partial(_compared, base.base_files), entry.members)
+        )
+        return replace(entry, base=base, members=tuple(members))
 
     def _not_fetched(self, entry: Entry, model: str, revision: str | None) -> ResolveError | None:
         """Why the base that adapter_config.json names must not be fetched: it is not pinned, or may be a directory."""
@@ -234,6 +238,10 @@ class Inputs:
                 f"the base {label[:80]!r} cannot be resolved: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
             )
+
+
+def _compared(base: BaseFiles | None, files: AdapterFiles) -> AdapterFiles:
+    return files if base is None else replace(files, named_base=named_base.compare(files, base))
 
 
 _NAMED_BY_ADAPTER = (

@@ -201,6 +201,16 @@ class Finding:
     )
 
 
+class Likeness(SealedEnum):
+    """What the directory that adapter_config.json names is, next to the base of the run."""
+
+    SAME = "same"
+    ALIKE = "alike"
+    OTHER_SETTINGS = "other settings"
+    OTHER_FILES = "other files"
+    OTHER_TYPE = "other type"
+
+
 @record
 class BaselineEntry:
     """One acceptance of the baseline, and its outcome in this run."""
