@@ -63,6 +63,7 @@ class Fetching:
         trust_remote_code: whether the code of a base is fetched.
         tokenizer_files: whether the files that a published model has next to its weights are fetched too.
         code_files: whether the files that a model may copy from its base, such as code, are fetched too.
+        reads_values: whether the values of adapters are searched for NaN and Inf.
         is_plan: whether weights that are not in the Hub's cache stay where they are, with their headers.
     """
 
@@ -74,6 +75,7 @@ class Fetching:
     trust_remote_code: bool = False
     tokenizer_files: bool = False
     code_files: bool = False
+    reads_values: bool = False
     is_plan: bool = False
 
 
@@ -141,6 +143,7 @@ class Inputs:
             allow_pickle=self._how.allow_pickle,
             read_pickle=self._how.read_pickle,
             withheld=snapshot.withheld,
+            reads_values=self._how.reads_values,
         )
         if files.weights == PICKLE_NAME and self._how.read_pickle is None:
             self._how.notify(f"{spec.name}: {PICKLE_NAME} is a pickle, so its tensors are not read here")
