@@ -205,7 +205,7 @@ def given(text: str) -> str:
 # --- adapters on the command line ------------------------------------------------------------------------------------
 
 _OPTIONS = ("base", "dtype", "quantization", "revision", "set", "expect", "allow_pickle")
-_EXPECTED = ("peft_type", "r", "lora_alpha", "base", "sha256:FILE", "base-sha256")
+_EXPECTED = ("peft_type", "r", "lora_alpha", "projection_prng_key", "base", "sha256:FILE", "base-sha256")
 
 
 def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) -> None:
@@ -296,7 +296,9 @@ def _expectation(text: str) -> tuple[str, object]:
     if key not in _EXPECTED and not key.startswith("sha256:"):
         hint = nearest(key, _EXPECTED) or f"known keys: {', '.join(_EXPECTED)}"
         raise argparse.ArgumentTypeError(f"unknown key {quoted(key)} ({hint})")
-    return key, _number(value) if key in {"r", "lora_alpha"} and NUMBER.fullmatch(value) else value
+    return key, _number(value) if key in {"r", "lora_alpha", "projection_prng_key"} and NUMBER.fullmatch(
+        value
+    ) else value
 
 
 def _number(text: str) -> float:

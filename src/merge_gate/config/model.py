@@ -273,6 +273,8 @@ class ExpectEntry(Model):
     """The adapter's rank."""
     lora_alpha: Number | None = None
     """The adapter's alpha."""
+    projection_prng_key: int | None = None
+    """The seed of the projections (VeRA), which no file proves if they are not saved."""
     base: Text | None = None
     """The base that adapter_config.json names."""
     sha256: Digests | None = None

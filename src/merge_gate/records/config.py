@@ -95,6 +95,7 @@ class Expect:
     peft_type: str | None = None
     r: int | None = None
     lora_alpha: float | None = None
+    projection_prng_key: int | None = None
     base: str | None = None
     sha256: tuple[tuple[str, str], ...] = ()
 

@@ -218,9 +218,11 @@ class AdapterConfig:
     r: int | None = None
     alpha: float | None = None
     lora_alpha: float | None = None
+    projection_prng_key: int | None = None
     bias: str | None = None
     init_lora_weights: str | None = None
     lora_bias: bool = False
+    save_projection: bool = True
     use_cayley_neumann: bool = False
     use_dora: bool = False
     use_rslora: bool = False

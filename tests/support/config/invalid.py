@@ -188,6 +188,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "rank as text": (ENTRY + "expect: {r: '16'}\n", "4:17"),
     "rank as float": (ENTRY + "expect: {r: 16.0}\n", "4:17"),
     "rank zero": (ENTRY + "expect: {r: 0}\n", "4:17"),
+    "key of projections as text": (ENTRY + "expect: {projection_prng_key: '7'}\n", "4:35"),
     "alpha infinite": (ENTRY + "expect: {lora_alpha: -.inf}\n", "4:26"),
     "type of two words": (ENTRY + "expect: {peft_type: a b}\n", "4:25"),
     "short digest": (ENTRY + "expect: {sha256: {a: ab12}}\n", "4:26"),
