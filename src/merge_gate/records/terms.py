@@ -98,6 +98,7 @@ class Acceptance(SealedEnum):
     USED = "used"
     EXPIRED = "expired"
     MORE = "fails otherwise too"
+    UNBOUND = "names no base"
     UNMATCHED = "matches nothing"
 
 
@@ -213,7 +214,10 @@ class Likeness(SealedEnum):
 
 @record
 class BaselineEntry:
-    """One acceptance of the baseline, and its outcome in this run."""
+    """One acceptance of the baseline, and its outcome in this run.
+
+    It holds for any base if `base` is None: the digest of all weight files, in this `dtype` and `quantization`.
+    """
 
     adapter: str = reported("Digest of the adapter's files, hex.")
     cause: str = reported("The check that decided.")
@@ -223,6 +227,9 @@ class BaselineEntry:
     until: str = reported("The last day on which it is accepted.")
     outcome: Acceptance = reported(
         "`used`; `expired`: its last day is over; `fails otherwise too`: another check failed that it does not name; "
-        "`matches nothing` in this run."
+        "`names no base`, which the cause needs; `matches nothing` in this run."
     )
     line: int = reported("Its line in the baseline file, counted from 1.")
+    base: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None
