@@ -117,6 +117,23 @@ def test_1_when_an_adapter_fails(place: Path) -> None:
     assert not (place / "merge-gate-report").exists()
 
 
+@pytest.mark.parametrize(("command", "names"), [("run", ["empty"]), ("run", ["adapters/nan", "empty"]),
+                                                ("check", ["adapters/good", "empty"])])  # fmt: skip
+def test_1_for_an_empty_directory(command: str, names: list[str], place: Path, cwd: Path, capsys) -> None:
+    """It is one adapter's failure. A path that does not exist, and a glob without a match, are usage errors."""
+    os.chdir(place)
+    (place / "empty").mkdir()
+    assert main([command, *names, "--base", "base", "--report", "json=report.json"]) == 1
+    capsys.readouterr()
+    (finding,) = next(one for one in strict_json(place / "report.json")["adapters"] if one["name"] == "empty")[
+        "findings"
+    ]
+    assert (finding["check"], finding["severity"]) == ("file-missing", "error")
+    assert finding["hint"] == "check that an earlier step has created or downloaded it"
+    for nothing in ("./nowhere", "no-match-*"):
+        assert main([command, *names, nothing, "--base", "base"]) == 2
+
+
 def test_without_a_name_the_usual_config_is_read(place, cwd, capsys) -> None:
     os.chdir(place)
     configure(place, "good").rename("merge-gate.yml")

@@ -98,7 +98,7 @@ def test_the_changed_adapters_are_checked_and_no_others(shelf: Shelf, repository
     put(shelf, repository.root / "adapters" / "sound")
     done = repository.commit("adapters", ".pre-commit-config.yaml")
     assert done.returncode == 0, done.stderr
-    assert "merge-gate check, changed adapters" in done.stderr
+    assert "merge-gate check, files of changed adapters" in done.stderr
     assert "Passed" in done.stderr
     put(shelf, repository.root / "adapters" / "broken", unfetched)
     done = repository.commit("adapters")

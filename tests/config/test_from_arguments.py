@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from merge_gate._internal.errors import ConfigError, UsageError
-from merge_gate.config.from_arguments import config_of, names_a_file, refuse_empty
+from merge_gate.config.from_arguments import config_of, names_a_file
 from merge_gate.config.init_file import first_config
 from merge_gate.config.load_config import load_config
 from merge_gate.files.preflight import base_of
@@ -181,13 +181,6 @@ def test_a_config_is_told_from_adapters(here: Path, wording: Wording) -> None:
     (here / "support.zip").touch()
     with wording.of(UsageError, match=re.escape('"support.zip"')):
         names_a_file(["support.zip"])
-
-
-def test_an_empty_directory_is_no_adapter(here: Path, wording: Wording) -> None:
-    """A glob may match one: then it is judged, and fails."""
-    (here / "empty").mkdir()
-    with wording.of(UsageError):
-        refuse_empty(["support", "empty", "nowhere", "*"])
 
 
 @pytest.mark.usefixtures("here")

@@ -68,11 +68,40 @@ KNOWN = BaselineEntry(
     until="2026-03-01",
     outcome=Acceptance.UNMATCHED,
     line=5,
+    base="b" * 64,
+    dtype=FAILED.base.dtype,
+    quantization=str(FAILED.base.quantization),
 )
+DIGESTS = {FAILED.base: "b" * 64}
+
+
+ANY_BASE = replace(KNOWN, base=None, dtype=None, quantization=None)
+
+
+def test_an_entry_for_a_cause_in_the_files_holds_for_any_base() -> None:
+    of_files = replace(FAILED, findings=tuple(one for one in FAILED.findings if one.check == "adapter-nonfinite"))
+    for digests in ({}, DIGESTS):
+        (line,), (entry,) = accept([of_files], [replace(ANY_BASE, also=())], DAY, digests)
+        assert (entry.outcome, line.accepted is not None) == (Acceptance.USED, True)
+
+
+def test_several_entries_for_one_adapter_on_several_bases() -> None:
+    other = replace(FAILED, base=replace(FAILED.base, dtype="float32"))
+    entries = [KNOWN, replace(KNOWN, dtype="float32", line=9)]
+    lines, used = accept([FAILED, other], entries, DAY, DIGESTS | {other.base: "b" * 64})
+    assert [line.accepted is not None for line in lines] == [True, True]
+    assert [entry.outcome for entry in used] == [Acceptance.USED] * 2
+    lines, used = accept([FAILED, other], entries[:1], DAY, DIGESTS | {other.base: "b" * 64})
+    assert [line.accepted is not None for line in lines] == [True, False]
+
+
+def test_without_a_digest_no_base_is_known() -> None:
+    (line,), (entry,) = accept([FAILED], [KNOWN], DAY, {FAILED.base: None})
+    assert (line.accepted, entry.outcome) == (None, Acceptance.UNMATCHED)
 
 
 def test_a_known_failure_is_accepted_and_stays_failed() -> None:
-    (line,), (entry,) = accept([FAILED], [KNOWN], DAY)
+    (line,), (entry,) = accept([FAILED], [KNOWN], DAY, DIGESTS)
     assert line.verdict is Verdict.FAILED
     assert line.accepted == Accepted(reason="retrained in spring", owner="team-a", until="2026-03-01")
     assert entry == replace(KNOWN, outcome=Acceptance.USED)
@@ -87,24 +116,30 @@ def test_a_known_failure_is_accepted_and_stays_failed() -> None:
         (replace(KNOWN, also=()), DAY, Acceptance.MORE),
         (replace(KNOWN, cause="no-effect"), DAY, Acceptance.UNMATCHED),
         (replace(KNOWN, adapter="0" * 64), DAY, Acceptance.UNMATCHED),
+        (replace(KNOWN, base="c" * 64), DAY, Acceptance.UNMATCHED),
+        (replace(KNOWN, dtype="float32"), DAY, Acceptance.UNMATCHED),
+        (replace(KNOWN, quantization="bnb-4bit"), DAY, Acceptance.UNMATCHED),
+        (ANY_BASE, DAY, Acceptance.UNBOUND),
     ],
 )
 def test_what_is_not_covered_fails_the_run(known: BaselineEntry, today: dt.date, outcome: Acceptance) -> None:
-    (line,), (entry,) = accept([FAILED], [known], today)
+    (line,), (entry,) = accept([FAILED], [known], today, DIGESTS)
     assert line.accepted is None
     assert entry.outcome is outcome
     assert report(line, PASSED).result is Result.FAIL
 
 
 def test_neither_passed_nor_unjudged_adapters_are_accepted() -> None:
-    lines, (entry,) = accept([replace(PASSED, files=FAILED.files), replace(CRASHED, files=FAILED.files)], [KNOWN], DAY)
+    lines, (entry,) = accept(
+        [replace(PASSED, files=FAILED.files), replace(CRASHED, files=FAILED.files)], [KNOWN], DAY, DIGESTS
+    )
     assert [one.accepted for one in lines] == [None, None]
     assert entry.outcome is Acceptance.UNMATCHED
     assert report(*lines).result is Result.ERROR
 
 
 def test_one_more_failure_fails_the_run() -> None:
-    lines, _ = accept([FAILED, replace(FAILED, name="two", files=())], [KNOWN], DAY)
+    lines, _ = accept([FAILED, replace(FAILED, name="two", files=())], [KNOWN], DAY, DIGESTS)
     assert report(*lines).result is Result.FAIL
     assert report(*lines).accepted == 1
 

@@ -14,10 +14,10 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from merge_gate._internal.errors import ConfigError
+from merge_gate._internal.errors import ConfigError, UsageError
 from merge_gate.config.load_config import build_baseline
 from merge_gate.config.yaml_document import read_yaml
-from merge_gate.judging.baseline import accept
+from merge_gate.judging.baseline import accept, digests_of
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.files import HashedFile
 from merge_gate.records.report import BaseReport, PublishedModel, Report
@@ -135,6 +135,7 @@ def test_a_note_on_a_base_comes_once_and_names_class_and_adapter(render: Callabl
 # --- a baseline ------------------------------------------------------------------------------------------------------
 
 DAY = dt.date(2026, 3, 1)
+DIGESTS = digests_of(report(FAILED).bases)
 
 
 def filled_in(text: str) -> str:
@@ -147,13 +148,39 @@ def test_a_first_baseline_accepts_what_failed_once_filled_in(wording: Wording) -
         build_baseline(read_yaml(text, "known.yml"))
     wording(caught.value)
     known = build_baseline(read_yaml(filled_in(text), "known.yml"))
-    lines, _ = accept(report(FAILED, PASSED).adapters, known, DAY)
+    lines, _ = accept(report(FAILED, PASSED).adapters, known, DAY, DIGESTS)
     assert report(*lines).result is Result.PASS
     assert known[0].until == "2026-05-30"
 
 
+def test_an_entry_is_written_without_an_edit() -> None:
+    given = {"until": "2027-03-31", "owner": "me", "reason": 'known, "#12"'}
+    text = first_baseline(report(FAILED, PASSED), DAY, only=("billing",), **given)
+    (known,) = build_baseline(read_yaml(text, "known.yml"))
+    assert (known.until, known.owner, known.reason) == tuple(given.values())
+    assert (known.base, known.dtype, known.quantization) == (*DIGESTS.values(), "bfloat16", "none")
+    assert build_baseline(read_yaml(first_baseline(report(FAILED, PASSED), DAY, only=("support",)), "known.yml")) == ()
+    for wrong in ({"only": ("biling",)}, {"until": "tomorrow"}):
+        with pytest.raises(UsageError):
+            first_baseline(report(FAILED), DAY, **wrong)
+
+
+def test_an_entry_has_all_of_a_base_or_nothing(wording: Wording) -> None:
+    lines = filled_in(first_baseline(report(FAILED), DAY)).splitlines(keepends=True)
+    with pytest.raises(ConfigError) as caught:
+        build_baseline(read_yaml("".join(line for line in lines if "dtype:" not in line), "known.yml"))
+    wording(caught.value)
+
+
+def test_without_a_digest_of_the_base_no_entry_is_written(wording: Wording) -> None:
+    text = first_baseline(report(FAILED, bases=()), DAY)
+    assert build_baseline(read_yaml(text, "known.yml")) == ()
+    wording(text.partition("accept: []")[2])
+
+
 def test_one_adapter_in_two_dtypes_is_one_entry_for_each_cause() -> None:
-    text = first_baseline(FAIL, DAY)
+    bases = (*FAIL.bases, replace(FAIL.bases[0], dtype="float16"))
+    text = first_baseline(replace(FAIL, bases=bases), DAY)
     assert text.count("- adapter:") == 2
     assert "not-judged" not in text
 
@@ -176,7 +203,7 @@ def accepted(*, today: dt.date = DAY) -> Report:
     """A report whose only failure is in the baseline, and a baseline with one entry that matches nothing."""
     (known,) = build_baseline(read_yaml(filled_in(first_baseline(report(FAILED), DAY)), "known.yml"))
     stranger = replace(known, adapter="0" * 64, cause="no-effect")
-    lines, entries = accept([FAILED, PASSED], [known, stranger], today)
+    lines, entries = accept([FAILED, PASSED], [known, stranger], today, DIGESTS)
     return report(*lines, baseline=entries)
 
 

@@ -125,7 +125,7 @@ def test_names_places_and_time_limits_do_not() -> None:
             | {"name", "source", "path", "hub_id", "revision", "timeout_seconds", "line", "column"},
         ),
         (BaseSpec, {"model", "label", "revision", "dtypes", "quantization"} | {"access", "read", "names", "sha256"}),
-        (CheckSetting, {"check", "severity", "limit", "error_limit", "of_base"}),
+        (CheckSetting, {"check", "severity", "limit", "error_limit", "of_base", "wiped"}),
         (Combine, {"method", "adapters", "weights", "density", "majority_sign_method", "seed"}),
         (
             Config,

@@ -205,7 +205,7 @@ def given(text: str) -> str:
 # --- adapters on the command line ------------------------------------------------------------------------------------
 
 _OPTIONS = ("base", "dtype", "quantization", "revision", "set", "expect", "allow_pickle")
-_EXPECTED = ("peft_type", "r", "lora_alpha", "base", "sha256:FILE", "base-sha256")
+_EXPECTED = ("peft_type", "r", "lora_alpha", "projection_prng_key", "base", "sha256:FILE", "base-sha256")
 
 
 def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) -> None:
@@ -245,7 +245,7 @@ def add_named_options(command: argparse.ArgumentParser, *, merges: bool = True) 
 def requested_config(arguments: argparse.Namespace) -> Config:
     """The configuration in the file, or that of the adapters named on the command line."""
     from merge_gate.config.exchanged import refuse_exchanged_base
-    from merge_gate.config.from_arguments import config_of, names_a_file, refuse_empty
+    from merge_gate.config.from_arguments import config_of, names_a_file
     from merge_gate.config.load_config import load_config
     from merge_gate.judging.policies import POLICIES
 
@@ -263,7 +263,6 @@ def requested_config(arguments: argparse.Namespace) -> Config:
     else:
         if getattr(arguments, "container", False):
             raise UsageError("--container needs a config", hint="write one with: merge-gate init DIR")
-        refuse_empty(arguments.names)
         refuse_exchanged_base(arguments.command, values["base"], arguments.names)
         config = config_of(
             arguments.names,
@@ -297,7 +296,9 @@ def _expectation(text: str) -> tuple[str, object]:
     if key not in _EXPECTED and not key.startswith("sha256:"):
         hint = nearest(key, _EXPECTED) or f"known keys: {', '.join(_EXPECTED)}"
         raise argparse.ArgumentTypeError(f"unknown key {quoted(key)} ({hint})")
-    return key, _number(value) if key in {"r", "lora_alpha"} and NUMBER.fullmatch(value) else value
+    return key, _number(value) if key in {"r", "lora_alpha", "projection_prng_key"} and NUMBER.fullmatch(
+        value
+    ) else value
 
 
 def _number(text: str) -> float:

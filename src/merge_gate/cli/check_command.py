@@ -31,7 +31,8 @@ def add(commands: Commands[CommandParser]) -> None:
         "check",
         help="check the config and the files without merging",
         description="Check CONFIG and the files of its adapters, or the files of the adapters that you name: formats, "
-        "headers, adapter_config.json, and expectations. The command loads no model and checks no values.",
+        "headers, adapter_config.json, expectations, and NaN and Inf in the adapters' tensors. The command loads no "
+        "model and merges nothing.",
         usage="%(prog)s [CONFIG | ADAPTER ...] [options]",
         epilog=examples("merge-gate check", "merge-gate check ./my-adapter --expect r=16 --report sarif=-")
         + EXIT_CODES_OF_CHECK,

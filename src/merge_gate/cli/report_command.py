@@ -62,8 +62,15 @@ def add_baseline(commands: Commands[CommandParser]) -> None:
         help="write a first baseline",
         description="Print a baseline that accepts each failure in a report for 90 days. Add a reason and an owner to "
         "each entry, save the file, and name it in the config: `baseline: FILE`.",
-        epilog=examples("merge-gate report baseline merge-gate-report > baseline.yml"),
+        epilog=examples(
+            "merge-gate report baseline merge-gate-report > baseline.yml",
+            'merge-gate report baseline --only billing --until 2027-03-31 --owner me --reason "known, see #12"',
+        ),
     )
+    baseline.add_argument("--only", action="append", default=[], metavar="NAME", help="only this adapter; repeatable")
+    baseline.add_argument("--until", metavar="DATE", help="the last day of the entries, such as 2027-03-31")
+    baseline.add_argument("--owner", metavar="WHO", default="", help="who is responsible for the entries")
+    baseline.add_argument("--reason", metavar="TEXT", default="", help="why the failures are accepted")
     baseline.add_argument("report", metavar="REPORT", nargs="?", default=DEFAULT_OUTPUT, help=_REPORT_OR_DEFAULT)
 
 
@@ -84,4 +91,5 @@ def baseline(arguments: argparse.Namespace) -> int:
 
     from merge_gate.report.stored.stored_report import first_baseline, stored
 
-    return print_document(first_baseline(stored(arguments.report), datetime.now(UTC).date()))
+    given = {name: getattr(arguments, name) for name in ("only", "until", "owner", "reason")}
+    return print_document(first_baseline(stored(arguments.report), datetime.now(UTC).date(), **given))

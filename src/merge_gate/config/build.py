@@ -249,7 +249,7 @@ class _Build:
             return default
         if entry.severity == "on":
             on = self.policy.setting(default.check)
-            default = replace(on, limit=default.limit, error_limit=default.error_limit)
+            default = replace(on, limit=default.limit, error_limit=default.error_limit, wiped=default.wiped)
         elif entry.severity:
             default = replace(default, severity=Severity(entry.severity), of_base=None)
         limit = getattr(entry, "limit", None) or default.limit
@@ -258,7 +258,8 @@ class _Build:
             message = f"the error-limit {own_error_limit:g} is below the limit {limit:g}"
             hint = "above its limit a check warns, and above its error-limit it fails the adapter"
             self.report((*loc, "error-limit", KEY), message, hint)
-        return replace(default, limit=limit, error_limit=own_error_limit or default.error_limit)
+        wiped = Severity(word) if (word := getattr(entry, "wiped", None)) else default.wiped
+        return replace(default, limit=limit, error_limit=own_error_limit or default.error_limit, wiped=wiped)
 
 
 def _words(keys: Mapping[str, WordKey], entry: object, default: object) -> dict[str, Any]:

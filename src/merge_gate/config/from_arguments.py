@@ -54,17 +54,6 @@ def names_a_file(names: Sequence[str]) -> bool:
     return bool(files)
 
 
-def refuse_empty(names: Sequence[str]) -> None:
-    """Refuse an empty directory, which is no adapter."""
-    for name in names:
-        with suppress(OSError):  # no directory, or unreadable: reported later
-            if not os.listdir(name):  # noqa: PTH208 (an invalid name is no directory)
-                raise UsageError(
-                    f"the directory {quoted(name)} is empty, expected an adapter",
-                    hint="check that an earlier step has created or downloaded it",
-                )
-
-
 def _adapter_directory(name: str) -> str:
     """The directory of an adapter's own file. Any other name is returned unchanged."""
     is_its_file = Path(name).name in (CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME) and os.path.isfile(name)  # noqa: PTH113 (as below)

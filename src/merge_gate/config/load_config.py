@@ -103,6 +103,9 @@ class AcceptEntry(Model):
     reason: Text
     owner: Text
     until: Annotated[str, Field(pattern=DATE)]
+    base: Digest | None = None
+    dtype: Text | None = None
+    quantization: Text | None = None
 
 
 Accept = Annotated[AcceptEntry, OR_NONE]
@@ -122,7 +125,7 @@ def build_baseline(document: YamlDocument) -> tuple[BaselineEntry, ...]:
         ConfigError: with every problem, in the order of the file.
     """
     file = read_models(document, BaselineFile)
-    known: dict[tuple[str, str], BaselineEntry] = {}
+    known: dict[tuple[str | None, ...], BaselineEntry] = {}
     for index, entry in enumerate(file.accept or []):
         loc: Loc = ("accept", index)
         if not (entry and entry.adapter and entry.cause and entry.until):
@@ -136,9 +139,13 @@ def build_baseline(document: YamlDocument) -> tuple[BaselineEntry, ...]:
         except ValueError:
             document.report((*loc, "until"), f"{quoted(entry.until)} is not a date", "write a date such as 2026-12-31")
             continue
+        where = (entry.base, entry.dtype, entry.quantization)
+        if any(where) and not all(where):
+            message = 'an entry has "base", "dtype", and "quantization", or none of them'
+            document.report(loc, message, "`merge-gate report baseline` writes all three")
         line, _ = document.place(loc)
         known_failure = entry.record(BaselineEntry, until=until.isoformat(), outcome=Acceptance.UNMATCHED, line=line)
-        if (first := known.setdefault((entry.adapter, entry.cause), known_failure)) is not known_failure:
+        if (first := known.setdefault((entry.adapter, entry.cause, *where), known_failure)) is not known_failure:
             document.report(loc, "this adapter and cause are already accepted", f"first in line {first.line}")
     document.raise_problems()
     return tuple(known.values())

@@ -238,6 +238,12 @@ def _check_field(row: Check) -> Any:
             default = "none" if row.error_limit == math.inf else f"{row.error_limit:g}"
             keys["error_limit"] = (number | None, Field(None, alias="error-limit"))
             limits["error-limit"] = schema | {"description": f"A warning above this is an error. Default: {default}."}
+        if row.wiped is not None:
+            keys["wiped"] = (Literal["error", "warning"] | None, None)
+            words = {"enum": ["error", "warning"]}
+            limits["wiped"] = words | {
+                "description": f"A weight matrix that the merge turns into zeros. Default: {row.wiped}."
+            }
         model = create_model("LimitedCheckEntry", __base__=CheckEntry, **keys)
         setting = _setting(model, limits, can_be_off=row.can_be_off)
     return (setting | None, Field(None, description=f"{row.summary} Default: {row.severity}."))
@@ -267,6 +273,8 @@ class ExpectEntry(Model):
     """The adapter's rank."""
     lora_alpha: Number | None = None
     """The adapter's alpha."""
+    projection_prng_key: int | None = None
+    """The seed of the projections (VeRA), which no file proves if they are not saved."""
     base: Text | None = None
     """The base that adapter_config.json names."""
     sha256: Digests | None = None

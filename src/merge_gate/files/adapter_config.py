@@ -78,9 +78,11 @@ def recorded(config: dict[str, Any]) -> AdapterConfig:
         r=config["r"] if _is_integer(config.get("r")) else None,
         alpha=_number(config, "alpha"),
         lora_alpha=_number(config, "lora_alpha"),
+        projection_prng_key=config["projection_prng_key"] if _is_integer(config.get("projection_prng_key")) else None,
         bias=_text(config, "bias"),
         init_lora_weights=_text(config, "init_lora_weights"),
         lora_bias=bool(config.get("lora_bias")),
+        save_projection=config.get("save_projection") is not False,
         use_cayley_neumann=bool(config.get("use_cayley_neumann")),
         use_dora=bool(config.get("use_dora")),
         use_rslora=bool(config.get("use_rslora")),
@@ -95,6 +97,34 @@ def _text(config: dict[str, Any], key: str) -> str | None:
 
 def _number(config: dict[str, Any], key: str) -> float | None:
     return config[key] if _is_number(config.get(key)) else None
+
+
+_PARAMETERS = {
+    "LORA": re.compile(r"(.+)\.lora_(?:[AB]\.weight|embedding_[AB]|magnitude_vector(?:\.weight)?)$"),
+    "IA3": re.compile(r"(.+)\.ia3_l$"),
+    "LOHA": re.compile(r"(.+)\.hada_(?:w[12]_[ab]|t[12])$"),
+    "LOKR": re.compile(r"(.+)\.lokr_(?:w[12](?:_[ab])?|t2)$"),
+}
+"""The tensors of methods that each merge uses, by PEFT's names."""
+
+
+def is_used(config: Mapping[str, Any], tensor: str) -> bool:
+    """Whether the config alone shows that a merge uses a tensor: its module is in a list of names.
+
+    Expressions are not matched here, and settings that leave modules out show nothing.
+    """
+    if config.get("exclude_modules") or config.get("layers_to_transform"):
+        return False
+    targets, saved = config.get("target_modules"), config.get("modules_to_save")
+    pattern = _PARAMETERS.get(str(config.get("peft_type")))
+    match = pattern.match(tensor) if pattern else None
+    if match and (config.get("use_dora") or "magnitude" not in tensor):
+        return isinstance(targets, list) and _is_listed(targets, match[1])
+    return isinstance(saved, list) and _is_listed(saved, tensor.rpartition(".")[0])
+
+
+def _is_listed(names: list[Any], module: str) -> bool:
+    return any(isinstance(name, str) and name and f".{module}".endswith(f".{name}") for name in names)
 
 
 # --- regular expressions ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Judges an adapter by its files, without loading a tensor.
+"""Judges an adapter by its files, without torch.
 
 In: a hostile directory. Out: `AdapterFiles`, with findings of the `file-*`, `pickle-refused`, and `config-*` checks and
 on incomplete tensors; it imports no torch and no PEFT.
@@ -9,6 +9,7 @@ on incomplete tensors; it imports no torch and no PEFT.
 # 2. adapter_config.json: not an LFS pointer, strict JSON, valid values, nothing that imports code.
 # 3. The weights: the file that PEFT would load (safetensors before .bin), not an LFS pointer, complete.
 # 4. The tensors in it: at least one, none of them an empty shard, with the ranks of the config.
+# 5. For `merge-gate check`, their values: NaN and Inf. A run measures them in the worker.
 
 from __future__ import annotations
 
@@ -25,11 +26,21 @@ from merge_gate._internal.errors import EngineError
 from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate._internal.text import listing as in_a_sentence
 from merge_gate.files import adapter_config, json_object
-from merge_gate.files.headers import CorruptFileError, PickleReader, lfs_pointer, open_regular, parse_file, shown
+from merge_gate.files.file_values import has_rule, nonfinite
+from merge_gate.files.headers import (
+    CorruptFileError,
+    PickleReader,
+    lfs_pointer,
+    open_regular,
+    parse_file,
+    parse_places,
+    shown,
+)
 from merge_gate.files.identity import identity_of
 from merge_gate.judging import foreign_formats
 from merge_gate.judging.all_checks import refused
 from merge_gate.judging.bounds import bounded
+from merge_gate.judging.checks.adapter_nonfinite import of_file, values_unread
 from merge_gate.judging.checks.file_corrupt import FILE_CORRUPT
 from merge_gate.judging.checks.file_lfs_pointer import FILE_LFS_POINTER
 from merge_gate.judging.checks.file_missing import FILE_MISSING
@@ -46,6 +57,7 @@ from merge_gate.records.files import (
     HashedFile,
     StoredTensor,
 )
+from merge_gate.records.measured import FileTensor
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import Finding
 
@@ -67,12 +79,13 @@ def preflight(
     allow_pickle: bool,
     read_pickle: PickleReader | None = None,
     withheld: tuple[str, ...] = (),
+    reads_values: bool = False,
 ) -> AdapterFiles:
     """Read and judge the files of one adapter.
 
     `read_pickle` lists the tensors of pickled weights; without it, they are not known. `withheld` names files of the
-    adapter's repository that were not downloaded. Raises `EngineError` if a file cannot
-    be read at all (permissions, a failing disk), which says nothing about the adapter.
+    adapter's repository that were not downloaded. `reads_values` looks for NaN and Inf. Raises `EngineError` if a file
+    cannot be read at all (permissions, a failing disk), which says nothing about the adapter.
     """
     listing = _list(snapshot_directory, withheld)
     config = _read_config(snapshot_directory, listing)
@@ -80,6 +93,9 @@ def preflight(
     tensors = weights.content or ()
     judged = adapter_config.judge(config.content, tensors) if config.content is not None else ()
     recorded = adapter_config.recorded(config.content) if config.content is not None else AdapterConfig()
+    values: Iterable[Finding] = ()
+    if reads_values and weights.name == WEIGHTS_NAME and weights.content:
+        values = _judge_values(snapshot_directory, config.content or {})
     export = _read(snapshot_directory, EXPORT_NAME, _object_in) if EXPORT_NAME in listing.present else _File()
     padding = (export.content or {}).get("padding")
     return AdapterFiles(
@@ -88,7 +104,9 @@ def preflight(
         weights=weights.name,
         tensors=tensors,
         files=(*config.files, *weights.files, *export.files),
-        findings=bounded(chain(config.findings, judged, weights.findings, _judge_tensors(recorded.peft_type, weights))),
+        findings=bounded(
+            chain(config.findings, judged, weights.findings, _judge_tensors(recorded.peft_type, weights), values)
+        ),
         padding=frozenset(key for key in padding if isinstance(key, str)) if isinstance(padding, list) else frozenset(),
     )
 
@@ -213,6 +231,8 @@ def _missing(listing: _Listing, is_missing: str, hint: str = "") -> Finding:
 
 
 def _advise_missing(listing: _Listing) -> str:
+    if not listing.everything and not listing.nested:
+        return "check that an earlier step has created or downloaded it"
     if listing.nested:
         *_, latest = ordered = sorted(listing.nested, key=_checkpoint_order)
         if _checkpoint_order(latest)[0] < 0 and len(ordered) > 1:
@@ -356,3 +376,21 @@ def _is_shard(tensor: StoredTensor, *, is_lora: bool) -> bool:
     if tensor.shape == (0,):
         return True
     return is_lora and bool(_LORA_FACTOR.search(tensor.name)) and (len(tensor.shape) == 1 or 0 in tensor.shape)
+
+
+# --- 5. their values, for a check ------------------------------------------------------------------------------------
+
+
+def _judge_values(directory: str, config: dict[str, Any]) -> Iterator[Finding]:
+    path = str(Path(directory, WEIGHTS_NAME))
+    try:
+        with open_regular(path) as file:
+            places = parse_places(file)
+            for stats in nonfinite(file, places):
+                is_used = adapter_config.is_used(config, stats.name)
+                yield of_file(FileTensor(stats=stats, used=is_used), is_merged=False)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    unread = sorted({tensor.dtype for tensor, _, _ in places if not has_rule(tensor.dtype)})
+    if unread:
+        yield values_unread(unread)

@@ -11,13 +11,14 @@ import hashlib
 import os
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.companion_names import Companion, companion_kind, is_carried, is_harmless
 from merge_gate._internal.errors import GateError, ResolveError
 from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.files import base_files
+from merge_gate.files import base_files, named_base
 from merge_gate.files.headers import PickleReader, shown
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.not_judged import accident, not_judged
@@ -62,6 +63,7 @@ class Fetching:
         trust_remote_code: whether the code of a base is fetched.
         tokenizer_files: whether the files that a published model has next to its weights are fetched too.
         code_files: whether the files that a model may copy from its base, such as code, are fetched too.
+        reads_values: whether the values of adapters are searched for NaN and Inf.
         is_plan: whether weights that are not in the Hub's cache stay where they are, with their headers.
     """
 
@@ -73,6 +75,7 @@ class Fetching:
     trust_remote_code: bool = False
     tokenizer_files: bool = False
     code_files: bool = False
+    reads_values: bool = False
     is_plan: bool = False
 
 
@@ -140,6 +143,7 @@ class Inputs:
             allow_pickle=self._how.allow_pickle,
             read_pickle=self._how.read_pickle,
             withheld=snapshot.withheld,
+            reads_values=self._how.reads_values,
         )
         if files.weights == PICKLE_NAME and self._how.read_pickle is None:
             self._how.notify(f"{spec.name}: {PICKLE_NAME} is a pickle, so its tensors are not read here")
@@ -184,7 +188,10 @@ class Inputs:
             is_of_config = entry.spec.base.model is not None
             hint = base.hint if is_of_config else "; ".join(filter(None, (_NAMED_BY_ADAPTER, base.hint)))
             return replace(entry, problem=_refused(base, hint))
-        return replace(entry, base=base)
+        members = (
+            entry.members if entry.spec.base.model is None else map(partial(_compared, base.base_files), entry.members)
+        )
+        return replace(entry, base=base, members=tuple(members))
 
     def _not_fetched(self, entry: Entry, model: str, revision: str | None) -> ResolveError | None:
         """Why the base that adapter_config.json names must not be fetched: it is not pinned, or may be a directory."""
@@ -234,6 +241,10 @@ class Inputs:
                 f"the base {label[:80]!r} cannot be resolved: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
             )
+
+
+def _compared(base: BaseFiles | None, files: AdapterFiles) -> AdapterFiles:
+    return files if base is None else replace(files, named_base=named_base.compare(files, base))
 
 
 _NAMED_BY_ADAPTER = (

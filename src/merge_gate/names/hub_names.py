@@ -20,6 +20,7 @@ HUB = "hub:"
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9_.-]{0,94}[A-Za-z0-9_])?"
 _HUB_ID = re.compile(rf"(?!.*(?:--|\.\.|\.git$))(?:{_PART}/)?{_PART}")
+_IN_CACHE = re.compile(r"(?:^|/)models--([^/]+)/snapshots(?:/|$)")
 _MOST_ENTRIES = 100_000
 _CLOSER = 0.7
 """`acme` is a little like `cache`, and both are common."""
@@ -28,6 +29,13 @@ _CLOSER = 0.7
 def could_be_hub_id(name: str, *, is_base: bool) -> bool:
     """Whether a name is spelled like a Hub id. That of a base may be bare (`gpt2`)."""
     return bool(_HUB_ID.fullmatch(name)) and ("/" in name or is_base)
+
+
+def hub_name(name: str) -> str | None:
+    """The Hub id that a base's name is, or that a path in a cache of the Hub has; None for any other path."""
+    if match := _IN_CACHE.search(name):
+        name = match[1].replace("--", "/", 1)
+    return name if could_be_hub_id(name, is_base=True) else None
 
 
 def is_commit(revision: str | None) -> bool:

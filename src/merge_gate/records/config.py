@@ -76,7 +76,8 @@ class BaseSpec:
 class CheckSetting:
     """Severity of one check, and its limits if the check has any. Above `error_limit`, a warning is an error.
 
-    A warning with the origin `base` has the severity `of_base`, if there is one.
+    A warning with the origin `base` has the severity `of_base`, if there is one. A weight matrix that becomes zeros has
+    the severity `wiped`, or the check's.
     """
 
     check: str
@@ -84,6 +85,7 @@ class CheckSetting:
     limit: float | None = None
     error_limit: float | None = None
     of_base: Severity | None = None
+    wiped: Severity | None = None
 
 
 @record
@@ -93,6 +95,7 @@ class Expect:
     peft_type: str | None = None
     r: int | None = None
     lora_alpha: float | None = None
+    projection_prng_key: int | None = None
     base: str | None = None
     sha256: tuple[tuple[str, str], ...] = ()
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import field, replace
 
 from merge_gate.records.config import AdapterSpec
-from merge_gate.records.terms import Finding, ForwardMode, record, reported
+from merge_gate.records.terms import Finding, ForwardMode, Likeness, record, reported
 
 CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 """An adapter's files, as PEFT names them."""
@@ -218,12 +218,29 @@ class AdapterConfig:
     r: int | None = None
     alpha: float | None = None
     lora_alpha: float | None = None
+    projection_prng_key: int | None = None
     bias: str | None = None
     init_lora_weights: str | None = None
     lora_bias: bool = False
+    save_projection: bool = True
     use_cayley_neumann: bool = False
     use_dora: bool = False
     use_rslora: bool = False
+
+
+@record
+class NamedBase:
+    """The directory that adapter_config.json names, compared with the base (files/named_base.py).
+
+    `named` and `used` are both `model_type`s, if these differ. `difference` says what else differs. `file` is a file
+    next to the adapter that names the type; empty for the directory itself.
+    """
+
+    likeness: Likeness
+    named: str = ""
+    used: str = ""
+    difference: str = ""
+    file: str = ""
 
 
 @record
@@ -232,7 +249,8 @@ class AdapterFiles:
 
     `tensors` is empty if nothing has read pickled weights, as in a check or a plan. `weights` is the file that PEFT
     will load, relative to `directory`, or None. `padding` are the modules that an export has filled with zeros.
-    `on_hub` is, for a plan, what was left on the Hub: only the config is known then.
+    `on_hub` is, for a plan, what was left on the Hub: only the config is known then. `named_base` is None if the named
+    base is no model in a directory here, or if there is no other base.
     """
 
     directory: str
@@ -243,6 +261,7 @@ class AdapterFiles:
     findings: tuple[Finding, ...] = ()
     padding: frozenset[str] = frozenset()
     on_hub: Fetched | None = None
+    named_base: NamedBase | None = None
 
 
 @record

@@ -299,8 +299,8 @@ class Report:
     environment: Environment = reported("The environment of the run.")
     config: ConfigFile = reported("The configuration file.")
     files_only: bool = reported(
-        "True for `merge-gate check`, which merges nothing: a `passed` adapter has sound files, and its values are "
-        "unknown.",
+        "True for `merge-gate check`, which merges nothing: a `passed` adapter has sound files, and the values of its "
+        "merge are unknown.",
         default=False,
     )
     is_comparison: bool = reported(

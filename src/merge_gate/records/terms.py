@@ -98,6 +98,7 @@ class Acceptance(SealedEnum):
     USED = "used"
     EXPIRED = "expired"
     MORE = "fails otherwise too"
+    UNBOUND = "names no base"
     UNMATCHED = "matches nothing"
 
 
@@ -201,9 +202,22 @@ class Finding:
     )
 
 
+class Likeness(SealedEnum):
+    """What the directory that adapter_config.json names is, next to the base of the run."""
+
+    SAME = "same"
+    ALIKE = "alike"
+    OTHER_SETTINGS = "other settings"
+    OTHER_FILES = "other files"
+    OTHER_TYPE = "other type"
+
+
 @record
 class BaselineEntry:
-    """One acceptance of the baseline, and its outcome in this run."""
+    """One acceptance of the baseline, and its outcome in this run.
+
+    It holds for any base if `base` is None: the digest of all weight files, in this `dtype` and `quantization`.
+    """
 
     adapter: str = reported("Digest of the adapter's files, hex.")
     cause: str = reported("The check that decided.")
@@ -213,6 +227,9 @@ class BaselineEntry:
     until: str = reported("The last day on which it is accepted.")
     outcome: Acceptance = reported(
         "`used`; `expired`: its last day is over; `fails otherwise too`: another check failed that it does not name; "
-        "`matches nothing` in this run."
+        "`names no base`, which the cause needs; `matches nothing` in this run."
     )
     line: int = reported("Its line in the baseline file, counted from 1.")
+    base: str | None = None
+    dtype: str | None = None
+    quantization: str | None = None

@@ -23,7 +23,7 @@ from merge_gate.run.view import View
 def check_files(config: Config, *, view: View | None = None, only: tuple[str, ...] = ()) -> Iterator[AdapterReport]:
     """Judge the files of the adapters, and of bases that are local directories, without torch."""
     specs = select(config, only)
-    inputs = Inputs(config, Fetching(notify=(view or View()).note), timeout_s=headers_timeout_s)
+    inputs = Inputs(config, Fetching(notify=(view or View()).note, reads_values=True), timeout_s=headers_timeout_s)
     return (adapter_report.files_report(inputs.checked(spec)) for spec in specs)
 
 

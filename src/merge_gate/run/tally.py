@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate import __version__
 from merge_gate._internal.errors import GateError
-from merge_gate.judging.baseline import accept
+from merge_gate.judging.baseline import accept, digests_of
 from merge_gate.records.report import TOOL, AdapterReport, BaseReport, ConfigFile, Environment, Report, Sandbox, Tool
 from merge_gate.records.terms import BaseKey, Result
 from merge_gate.report.formats.json_report import RenderedAdapters
@@ -105,7 +105,7 @@ class Tally:
         """The report so far; `complete` at the end of the run."""
         bases = self._in_order()
         adapters = tuple(self.reports[index] for index in sorted(self.reports))
-        adapters, baseline = accept(adapters, self._config.baseline, self._today)
+        adapters, baseline = accept(adapters, self._config.baseline, self._today, digests_of(bases))
         return Report(
             complete=complete,
             tool=Tool(name=TOOL, version=__version__),

@@ -74,6 +74,7 @@ def material(entry: Entry, base: BaseContent, device: str, trusts: tuple[str, ..
             {
                 "files": [[fields.text(file.path), file.size_bytes, file.sha256] for file in member.files],
                 "findings": fields.dump(member.findings),
+                "named_base": _plain(member.named_base),
             }
             for member in entry.members
         ],

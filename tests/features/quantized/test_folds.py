@@ -22,6 +22,8 @@ def released(
     merged = {name: tensor.float() + strength * deltas.get(name, 0) for name, tensor in own.items()}
     stored = folded(merged, is_gemma=is_gemma) if moves else merged
     release = opened(path, quantized(stored, bits), own, SETTINGS, **CONFIG)
+    if is_gemma:
+        release.folds.of_one_plus = {name for name, tensor in own.items() if "norm" in name}
     release.folds.touched = {name for name, own_delta in deltas.items() if own_delta.any()}
     return release, deltas
 

@@ -28,6 +28,7 @@ class TestBaseMismatch(EveryCheck):
             evidence(base=base(loaded_as="BertModel"), instead_of="BertForMaskedLM"),
             files(config={"task_type": "MASKED_LM"}),
         ),
+        "an encoder alone": Given(evidence(base=base(loaded_as="T5EncoderModel"), instead_of="T5Model")),
         "a revision of the base that the config does not name": Given(
             evidence(base=base(revision="c0ffee")), names("acme/llama", "v1"), ON_LLAMA
         ),

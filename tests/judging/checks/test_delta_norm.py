@@ -33,14 +33,23 @@ def small(share: float) -> TensorMerge:
     return merged(tensor(minimum=-most, maximum=most), base_norm=2.0, delta_norm=2.0)
 
 
+def zeros(shape: tuple[int, ...] = (8, 8), name: str = WEIGHT) -> TensorMerge:
+    return merged(tensor(name, shape=shape, minimum=0.0, maximum=0.0), base_norm=1.0, delta_norm=1.0)
+
+
 class TestDeltaNorm(EveryCheck):
     FIRES = (
         Given(evidence(merges=(merged(base_norm=1.0, delta_norm=20.0),))),
-        Given(evidence(merges=(merged(tensor(minimum=0.0, maximum=0.0), base_norm=1.0, delta_norm=1.0),))),
-        Given(evidence(merges=(merged(tensor(minimum=-1e-8, maximum=1e-8), base_norm=1.0, delta_norm=1.0),))),
+        Given(evidence(merges=(zeros((64,)),))),
+        Given(evidence(merges=(zeros((1, 64)),))),
         Given(evidence(file_tensors=(FileTensor(stats=tensor(LORA_A, minimum=0.0, maximum=0.0)),), merges=(merged(),))),
     )
     SITUATIONS = {
+        "a matrix of zeros": Given(evidence(merges=(zeros(),))),
+        "experts of zeros, and a bias": Given(evidence(merges=(zeros((2, 4, 8)), zeros((64,), "b.bias")))),
+        "a matrix of almost zeros": Given(
+            evidence(merges=(merged(tensor(minimum=-1e-8, maximum=1e-8), base_norm=1.0, delta_norm=1.0),))
+        ),
         "two large deltas, the larger one estimated": Given(
             evidence(
                 merges=(
@@ -73,7 +82,28 @@ class TestDeltaNorm(EveryCheck):
 
 def test_a_weight_left_with_less_than_rounding_is_wiped_out() -> None:
     (finding,) = judge(spec(), files(), evidence(merges=(small(WIPED_SHARE),)))
-    assert (finding.check, finding.tensor) == ("delta-norm", WEIGHT)
+    assert (finding.check, finding.tensor, finding.severity) == ("delta-norm", WEIGHT, Severity.ERROR)
+
+
+@pytest.mark.parametrize(("share", "severity"), [(WIPED_SHARE, Severity.WARNING), (WIPED_SHARE / 64, Severity.ERROR)])
+def test_an_error_rests_on_no_estimate(share: float, severity: Severity) -> None:
+    merge = dataclasses.replace(small(share), estimated=True)
+    (finding,) = judge(spec(), files(), evidence(merges=(merge,)))
+    assert finding.severity is severity
+
+
+@pytest.mark.parametrize(
+    ("setting", "severity"),
+    [
+        (CheckSetting(check="delta-norm", severity=Severity.WARNING, wiped=Severity.WARNING), Severity.WARNING),
+        (CheckSetting(check="delta-norm", severity=Severity.WARNING, limit=1e9), Severity.ERROR),
+        (CheckSetting(check="delta-norm", severity=Severity.ERROR), Severity.ERROR),
+        (CheckSetting(check="delta-norm", severity=Severity.OFF), None),
+    ],
+)
+def test_zeros_can_be_allowed(setting: CheckSetting, severity: Severity | None) -> None:
+    found = of("delta-norm", judge(with_settings(spec(), setting), files(), evidence(merges=(zeros(),))))
+    assert [finding.severity for finding in found] == ([severity] if severity else [])
 
 
 @pytest.mark.attempt("M11", "delta-norm above its error-limit, in JSON and SARIF", "both limits are there")

@@ -12,7 +12,9 @@ imports no PEFT: models on torch's meta device have names and shapes only.
    transformers loads no names of earlier releases.
 6. If the class is that of a part of the base (the text model of a multimodal one), and the names are not its own but
    those that the base stores: the architecture.
-7. The head has as many labels as the head in the adapter's file.
+7. If the class has an encoder and more, and the task type does not name the class: the encoder's own class, such as
+   T5EncoderModel, if the names are in it and the adapter would target modules outside of it too.
+8. The head has as many labels as the head in the adapter's file.
 """
 
 from __future__ import annotations
@@ -60,10 +62,13 @@ def model_class_for(
     has_task_class = files.config.task_type in TASK_CLASSES
     is_from_mapping = not has_task_class and requested == files.config.base_class
     class_name = requested if is_from_mapping else _class_that_fits(config, requested, files, stored)
+    encoder = None if is_from_mapping else _encoder_alone(config, class_name, files)
+    class_name = encoder or class_name
+    is_other = encoder != _architecture(config) if encoder else has_task_class and class_name != requested
     return ModelClass(
         class_name=class_name,
         num_labels=_num_labels(config, class_name, files),
-        instead_of=requested if has_task_class and class_name != requested else None,
+        instead_of=requested if is_other else None,
     )
 
 
@@ -135,8 +140,7 @@ def _is_model_class(name: str) -> bool:
 
 def _class_that_fits(config: Any, requested: str, files: AdapterFiles, stored: Collection[StoredTensor]) -> str:
     """Rules 5 and 6. Names of one architecture's classes differ in their first part (`bert.encoder`, `encoder`)."""
-    headers = (header for header in files.tensors if header.name.startswith(ADAPTER_PREFIX))
-    names = [header.name.removeprefix(ADAPTER_PREFIX) for header in headers]
+    names = _names_in_base(files)
     first_parts = _first_parts(names)
     if not first_parts or not _is_model_class(requested):
         return requested
@@ -154,10 +158,43 @@ def _class_that_fits(config: Any, requested: str, files: AdapterFiles, stored: C
     return next((name for name in fitting if _is_stored(config, name, [tensor.name for tensor in stored])), requested)
 
 
+def _names_in_base(files: AdapterFiles) -> list[str]:
+    headers = (header for header in files.tensors if header.name.startswith(ADAPTER_PREFIX))
+    return [header.name.removeprefix(ADAPTER_PREFIX) for header in headers]
+
+
+def _encoder_alone(config: Any, class_name: str, files: AdapterFiles) -> str | None:
+    """Rule 7. Neither the names of an encoder's tensors nor adapter_config.json say which of both classes is meant.
+
+    Targets have the last parts of the names in the file. They are in the encoder alone if an expression names it, or if
+    modules are excluded.
+    """
+    encoder = f"{type(config).__name__.removesuffix('Config')}EncoderModel"
+    chosen = any(key == "exclude_modules" for key, _ in files.config.values) or any(
+        pattern.place == "target_modules" and "encoder" in pattern.text for pattern in files.config.patterns
+    )
+    if chosen or files.config.task_type not in {None, "FEATURE_EXTRACTION"} or class_name == encoder:
+        return None
+    if not _is_model_class(encoder) or getattr(transformers, encoder).config_class is not type(config):
+        return None
+    alone, whole = _skeleton(config, encoder), _skeleton(config, class_name)
+    if alone is None:
+        return None
+    own = {name for name, _ in alone.named_modules()} - {""}
+    adapted = [next((path for path in reversed([*_paths(name)]) if path in own), "") for name in _names_in_base(files)]
+    targets = {name.rpartition(".")[2] for name in adapted}
+    others = {name for name, _ in whole.named_modules()} - own if whole is not None else targets  # it has no decoder
+    return encoder if all(targets) and any(name.rpartition(".")[2] in targets for name in others) else None
+
+
+def _paths(name: str) -> Iterable[str]:
+    return accumulate(name.split("."), "{}.{}".format)
+
+
 def _are_of_whole(config: Any, class_name: str, names: Iterable[str], stored: Collection[StoredTensor]) -> bool:
     """Whether names of modules are stored names, and none is a name of this class of a part."""
     modules = {tensor.name.rpartition(".")[0] for tensor in stored}
-    matches = {path for name in names for path in accumulate(name.split("."), "{}.{}".format) if path in modules}
+    matches = {path for name in names for path in _paths(name) if path in modules}
     skeleton = _skeleton(config, class_name) if matches else None
     return skeleton is not None and matches.isdisjoint(name for name, _ in skeleton.named_modules())
 
@@ -219,7 +256,7 @@ def _skeleton(config: Any, class_name: str) -> Any:
 
 
 def _num_labels(config: Any, class_name: str, files: AdapterFiles) -> int | None:
-    """Rule 7: the number of labels of the head in the adapter's file. None if it is the base's own number."""
+    """Rule 8: the number of labels of the head in the adapter's file. None if it is the base's own number."""
     shapes_in_file = {
         header.name.removeprefix(ADAPTER_PREFIX): header.shape
         for header in files.tensors

@@ -386,7 +386,8 @@ def _refuse_contradictions(manifest: Manifest) -> None:
 
 def _written(setting: CheckSetting) -> str:
     limits = [repr(limit) for limit in (setting.limit, setting.error_limit) if limit is not None]
-    return f"{setting.check}={':'.join([setting.severity, *limits])}"
+    wiped = [f"wiped={setting.wiped}"] if setting.wiped is not None else []
+    return f"{setting.check}={':'.join([setting.severity, *limits, *wiped])}"
 
 
 # --- compared with the files -----------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
 from merge_gate.engine.consumer import Consumer, Outline, WholeTensors
 from merge_gate.features.quantized.checkpoint import Checkpoint, open_checkpoint
+from merge_gate.features.quantized.folds import norms_of_one_plus
 from merge_gate.features.quantized.measurement import Measurement, TensorStrength
 from merge_gate.features.quantized.release import Release, is_near
 from merge_gate.features.quantized.release_flow import GGUF
@@ -88,7 +89,10 @@ def _opened_directory(
     base_files = Files(directory=group.directory, stored=group.files.tensors, feed=bases.feed)
     sources = {alias: mapping.sources.get(first) for alias, first in loaded.base.aliases.items()}
     aliases = {alias: own[0] for alias, own in sources.items() if own and alias not in mapping.sources}
-    return ByModelNames(open_checkpoint(files, base_files, finished.name, aliases), mapping, aliases)
+    release = open_checkpoint(files, base_files, finished.name, aliases)
+    one_plus = norms_of_one_plus(mapping.model)
+    release.folds.of_one_plus = {source for name in one_plus for source in mapping.sources.get(name, ())}
+    return ByModelNames(release, mapping, aliases)
 
 
 class ByModelNames:

@@ -5,7 +5,7 @@ A norm stores its weight divided by s, and the layers after it store their colum
 another one stores its rows divided by s (AutoAWQ, quantize/scale.py; SmoothQuant, arXiv:2211.10438).
 
 1. The scales of a norm follow from its own weight in base and release. They count for each layer of its block whose
-   first rows they bring nearer to the base's. Gemma's norms add 1 to their weight.
+   first rows they bring nearer to the base's. Norms such as Gemma's multiply with 1 + w (`of_one_plus`).
 2. The scales of a pair of layers follow from the columns of the second one, each compared with the base's by least
    squares, or from the rows of the first one if the merge changes the second one only. They count if both agree.
 """
@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+from torch import nn
 
 ROWS = 256
 """So many rows are compared at once."""
@@ -44,6 +45,7 @@ class Folds:
 
     Attributes:
         touched: the tensors that the merge changes.
+        of_one_plus: the norms that multiply with 1 + their weight.
     """
 
     def __init__(
@@ -55,6 +57,7 @@ class Folds:
     ) -> None:
         self._release, self._base, self._shapes, self._head = release, base, shapes, head
         self.touched: Collection[str] = ()
+        self.of_one_plus: Collection[str] = ()
         self._norms: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._by_norm: dict[str, tuple[str, torch.Tensor] | None] = {}
         self._by_pair: dict[str, torch.Tensor | None] = {}
@@ -121,11 +124,11 @@ class Folds:
                 stored = self._release(name)[: len(base)]
                 least = NEARER * float((stored - base).square().sum())
                 for norm, (before, after) in fits.items():
-                    for added in (0, 1):
-                        scales = torch.where(before == after, 1, (before + added) / (after + added))
-                        error = float((stored / scales - base).square().sum())
-                        if error < least and bool((scales > 0).all()):
-                            least, self._by_norm[name] = error, (norm, scales)
+                    added = int(norm in self.of_one_plus)
+                    scales = torch.where(before == after, 1, (before + added) / (after + added))
+                    error = float((stored / scales - base).square().sum())
+                    if error < least and bool((scales > 0).all()):
+                        least, self._by_norm[name] = error, (norm, scales)
         return self._by_norm[name]
 
     def _lacks(self, name: str, scaled: str, scales: torch.Tensor) -> bool:
@@ -191,3 +194,29 @@ def _block(name: str) -> str:
     """The beginning of the names of a block of a model, up to its number."""
     match = _BLOCK.match(name)
     return match[0] if match else ""
+
+
+def norms_of_one_plus(model: nn.Module) -> set[str]:
+    """The weights of norms that multiply with 1 + weight: with zeros, such a norm returns more than zeros.
+
+    Each class of `model`, which may be on the meta device, runs once.
+    """
+    adds_one: dict[type, bool] = {}
+    names = set()
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if "weight" in own and own["weight"].dim() == 1:
+            if type(module) not in adds_one:
+                adds_one[type(module)] = _adds_one(module, own)
+            if adds_one[type(module)]:
+                names.add(f"{name}.weight")
+    return names
+
+
+def _adds_one(norm: nn.Module, parameters: Mapping[str, torch.Tensor]) -> bool:
+    zeros = {name: torch.zeros(parameter.shape) for name, parameter in parameters.items()}
+    try:
+        with torch.no_grad():
+            return bool(torch.func.functional_call(norm, zeros, (torch.arange(1.0, len(zeros["weight"]) + 1),)).any())
+    except Exception:  # noqa: BLE001 - a class may need more than its input, such as a gate
+        return False

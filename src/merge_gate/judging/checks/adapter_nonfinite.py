@@ -2,7 +2,8 @@
 
 **Fires when** a tensor in the adapter's own file holds NaN or Inf. If the merge does not read the tensor, such as
 training state of some methods, the finding is a warning. To decide this, the gate merges again with other values in the
-tensor.
+tensor. `merge-gate check` merges nothing: there the finding is an error if `adapter_config.json` shows that the merge
+uses the tensor, and else a warning.
 
 ```text
 base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight in the adapter's file holds 1 NaN among 64 values, the
@@ -30,7 +31,7 @@ You can switch this check off. A broken merge still fails by `merged-nonfinite`,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from merge_gate._internal.tensor_names import module_of
 from merge_gate.judging.checks.check import ERROR, Check, MergeCase, Symptom
@@ -43,11 +44,17 @@ from merge_gate.records.terms import Finding, Origin, Severity
 def adapter_nonfinite(case: MergeCase) -> Iterator[Finding]:
     for tensor in case.evidence.file_tensors:
         if not tensor.stats.finite:
-            yield _broken_file_tensor(tensor)
+            yield of_file(tensor)
 
 
-def _broken_file_tensor(tensor: FileTensor) -> Finding:
+def of_file(tensor: FileTensor, *, is_merged: bool = True) -> Finding:
+    """A tensor of the file that is not finite. Without a merge, `used` says what the configuration shows."""
     stats = tensor.stats
+    unused = (
+        "the merge does not use this tensor, so the merged model is sound"
+        if is_merged
+        else "adapter_config.json does not show whether the merge uses this tensor"
+    )
     if tensor.used:
         hint = (
             "the training run diverged: look at its loss, lower the learning rate or train in bfloat16, and release an "
@@ -56,12 +63,25 @@ def _broken_file_tensor(tensor: FileTensor) -> Finding:
             else "training (overflow, divergence) or a conversion damaged this tensor: release an earlier checkpoint"
         )
     else:
-        hint = "nothing to do for this release; do not continue training from this file"
+        hint = (
+            "nothing to do for this release; do not continue training from this file"
+            if is_merged
+            else "`merge-gate run` shows whether the merged model is sound; do not continue training from this file"
+        )
     return adapter_nonfinite.finding(
         f"{stats.name} in the adapter's file holds {describe_nonfinite(stats)}"
-        + ("" if tensor.used else "; the merge does not use this tensor, so the merged model is sound"),
+        + ("" if tensor.used else f"; {unused}"),
         hint,
         severity=Severity.ERROR if tensor.used else Severity.WARNING,
         module=module_of(stats.name),
         stats=stats,
+    )
+
+
+def values_unread(dtypes: Sequence[str]) -> Finding:
+    """`merge-gate check` cannot read the values of tensors in these dtypes."""
+    return adapter_nonfinite.finding(
+        f"the values of tensors in {', '.join(dtypes)} were not read, so they may hold NaN or Inf",
+        "`merge-gate run` reads them",
+        severity=Severity.NOTE,
     )

@@ -5,7 +5,13 @@ the last part of the names counts: `acme/base-1b` and `./models/base-1b` are the
 
 - A name in `base.names` counts as a name of the base.
 - A path (`/home/alice/base`) says nothing about the weights, so the finding is a `note`. The same is true for the name
-  of a 4-bit copy (`acme/base-1b-bnb-4bit`).
+  of a 4-bit copy (`acme/base-1b-bnb-4bit`). A path in a cache of the Hub is the Hub's name.
+- If the path is a directory on this machine, and all tensors of the adapter fit its headers, the gate compares it with
+  the base. The finding is a warning if its `model_type` is another, or if shapes or sizes differ.
+- A 4-bit copy, another class of the model, or a model that is part of the other one is a `note`. The same files are no
+  finding. Values are not compared.
+- A `config.json` next to the adapter, and a path under `base_model` in its README.md, count if their `model_type` is
+  another than the base's.
 - If `expect.base` equals the name in adapter_config.json, the check does not compare names.
 - If the base cannot be read, there is no warning.
 - The check also fires if the tensors have the names of another model class than the one for the adapter's `task_type`.
@@ -36,9 +42,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from merge_gate.judging.checks.check import NOTE, WARNING, Check, FileCase, MergeCase, Symptom
-from merge_gate.names.hub_names import could_be_hub_id
+from merge_gate.names.hub_names import hub_name
 from merge_gate.records.config import A_FILE
-from merge_gate.records.terms import FailureKind, Finding, Origin
+from merge_gate.records.files import NamedBase
+from merge_gate.records.terms import FailureKind, Finding, Likeness, Origin
 
 
 @Check(
@@ -78,6 +85,8 @@ def _names_another_base(case: FileCase, got: str | None) -> Iterator[Finding]:
         )
 
 
+_COMPARE = "a path does not say which weights it held: make sure that these are the same"
+
 _QUANTIZED_COPIES = ("-bnb-4bit", "-unsloth-bnb-4bit")
 """The ends of the names that unsloth gives to its copies of a base."""
 
@@ -85,17 +94,24 @@ _QUANTIZED_COPIES = ("-bnb-4bit", "-unsloth-bnb-4bit")
 def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
     """Names are compared by their last parts. A met `expect.base` settles the question."""
     base, expect = case.spec.base, case.spec.expect
-    known = {_last(name) for name in (label, base.model or label, *base.names)}
-    if _last(named) in known or (expect is not None and expect.base == named):
+    listed = {_last(name) for name in base.names}
+    known = listed | {_last(name) for name in (label, base.model or label)}
+    hub_id = hub_name(named)
+    last = _last(hub_id or named)
+    if last in listed or (expect is not None and expect.base == named):
         return
     names = f"adapter_config.json names base {named!r}"
-    if not could_be_hub_id(named, is_base=True):
+    if hub_id is None and case.files.named_base is not None:
+        yield from _other_directory(case.files.named_base, names, label, is_known=last in known)
+    elif last in known:
+        return
+    elif hub_id is None:
         yield base_mismatch.finding(
             f"{names}, a path on the machine that trained the adapter; the base of this run is {label!r}",
-            "a path does not say which weights it held: make sure that these are the same",
+            _COMPARE,
             severity=NOTE,
         )
-    elif any(_last(named) == f"{name}{suffix}" for name in known for suffix in _QUANTIZED_COPIES):
+    elif any(last == f"{name}{suffix}" for name in known for suffix in _QUANTIZED_COPIES):
         yield base_mismatch.finding(
             f"{names}, a copy in 4 bits of {label!r}, the base of this run",
             "the adapter was trained on the 4-bit copy: to gate that merge as well, set quantization: bnb-4bit "
@@ -109,9 +125,43 @@ def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
         )
 
 
+def _other_directory(other: NamedBase, names: str, label: str, *, is_known: bool) -> Iterator[Finding]:
+    """The finding on a directory of this machine. With `is_known`, its name is that of the base."""
+    path = f"the path under `base.names` in {A_FILE}"
+    match other.likeness:
+        case Likeness.OTHER_TYPE:
+            where = f"{other.file} of the adapter names one" if other.file else "that directory here holds one"
+            yield base_mismatch.finding(
+                f"{names}, a model of the type {other.named!r} ({where}), but the base of this run, {label!r}, is of "
+                f"the type {other.used!r}",
+                f"name the right base; if the directory has changed since the training, list {path}",
+            )
+        case Likeness.OTHER_FILES:
+            yield base_mismatch.finding(
+                f"{names}, a directory here whose files are not those of {label!r}, the base of this run: "
+                f"{other.difference}",
+                f"name the right base; if both are the same weights, or the directory has changed since, list {path}",
+            )
+        case Likeness.OTHER_SETTINGS | Likeness.ALIKE if not is_known:
+            alike = f"differs in its {other.difference}" if other.difference else "has the same shapes"
+            yield base_mismatch.finding(
+                f"{names}, a directory here that {alike}, and was not compared byte by byte; the base of this run is "
+                f"{label!r}",
+                _COMPARE,
+                severity=NOTE,
+            )
+
+
 def _class_mismatch(case: MergeCase) -> Iterator[Finding]:
     evidence = case.evidence
-    if evidence.instead_of is not None:
+    if evidence.instead_of is not None and evidence.base.loaded_as.endswith("EncoderModel"):
+        yield base_mismatch.finding(
+            f"the adapter has tensors for the encoder alone, and its targets are in the rest of {evidence.instead_of} "
+            f"too: the gate merged it into {evidence.base.loaded_as}",
+            "if more than the encoder was trained, tensors were lost: save the adapter again",
+            severity=NOTE,
+        )
+    elif evidence.instead_of is not None:
         yield base_mismatch.finding(
             f"task_type {case.files.config.task_type} in adapter_config.json stands for {evidence.instead_of}, but the "
             f"adapter's tensors have the names of {evidence.base.loaded_as}: the gate merged it into that class",

@@ -54,6 +54,7 @@ class Check:
         limit_is_share: whether its limits are shares between 0 and 1.
         error_limit: the second limit by default, above which its warning is an error; infinite: it has none until a
             configuration sets it; None: a configuration cannot set it.
+        wiped: the severity of a weight matrix that becomes zeros, by default; None: it does not look.
         can_be_off: whether a configuration may switch it off or lower it to a warning.
         failure: what a failure by it means.
         is_of_base: its errors are not the adapter's fault: the verdict is `error`, not `failed`.
@@ -73,6 +74,7 @@ class Check:
     limit: float | None = None
     limit_is_share: bool = False
     error_limit: float | None = None
+    wiped: Severity | None = None
     can_be_off: bool = True
     failure: FailureKind = FailureKind.BROKEN
     is_of_base: bool = False

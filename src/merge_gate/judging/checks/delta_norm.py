@@ -7,8 +7,9 @@ training makes a delta a thousand times as large as the weights. The merged mode
 - A good adapter on weights that are nearly zero in the base only gets a warning, even if it changes no others.
 - If a matrix of zeros gets a delta that is too large for a typical weight of the model, the adapter fails.
 - Biases and norms are never errors.
-- At any limit, the check also warns if the merge turns a tensor into zeros that was not zero in the base.
-- It also warns if a file of zeros changes the base (rows of trained tokens, factors of OSF).
+- At any limit, an adapter fails if its merge turns a weight matrix into zeros that was not zero in the base: what is
+  left of its norm is at most one millionth (2⁻²⁰). Biases and norms that become zeros are a warning.
+- The check also warns if a file of zeros changes rows or factors of the base (trained tokens, OSF).
 
 ```text
 the delta of model.layers.1.self_attn.v_proj.weight is 76,800,000 times as large as the weight it is added to
@@ -21,7 +22,8 @@ layer: DoRA's magnitudes, IA3's scales, or a trained head were saved as zeros.
 
 **What to do.** Check `lora_alpha`, `use_rslora`, and the last gradient norms of the training. Biases and norms that
 start near zero can have high ratios without a fault: raise the limit for that adapter. To allow a larger delta, raise
-its `error-limit`: `checks: {delta-norm: {error-limit: 1e6}}`.
+its `error-limit`: `checks: {delta-norm: {error-limit: 1e6}}`. If the zeros are meant, allow them for that adapter:
+`checks: {delta-norm: {wiped: warning}}`.
 
 **It happened.**
 
@@ -40,10 +42,13 @@ from merge_gate._internal.text import listing
 from merge_gate.judging.checks.check import ERROR, WARNING, Check, MergeCase, Symptom
 from merge_gate.judging.checks.phrases import above, are, figure, tensors
 from merge_gate.records.measured import Evidence, TensorMerge
-from merge_gate.records.terms import Finding, Origin
+from merge_gate.records.terms import Finding, Origin, Severity
 
 WIPED_SHARE = 2.0**-20
 """A merged tensor whose norm is at most this share of the base's is zero: float32 leaves this much of W - W."""
+
+ESTIMATE_SHARE = 2.0**-6
+"""A norm is at least this share of its estimate, which has at least 64 rows of at most 262,144."""
 
 
 @Check(
@@ -55,6 +60,7 @@ WIPED_SHARE = 2.0**-20
     page=__doc__,
     limit=10.0,
     error_limit=1000.0,
+    wiped=ERROR,
 ).on_merge
 def delta_norm(case: MergeCase) -> Iterator[Finding]:
     (limit, error_limit), merges = delta_norm.limits(case.settings), case.evidence.merges
@@ -78,17 +84,11 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
             error_limit=error_limit if errors else None,
             estimated=1 if estimated else None,
         )
-    wiped = tuple(merge.stats.name for merge in case.evidence.merges if _is_wiped(merge))
-    if wiped:
-        yield delta_norm.finding(
-            f"the merge wipes out {tensors(wiped)} of the base: {listing(wiped)} {are(wiped)} zero in the merged model",
-            "check the adapter's tensors of these modules (magnitudes, scales, a new head): if they are zero, they "
-            "were not gathered before saving, or not saved",
-            module=wiped[0].rpartition(".")[0],
-            tensor=wiped[0],
-            tensors=len(wiped),
-        )
-    elif _is_blank(case.evidence):
+    setting = case.settings.get(delta_norm.id)
+    wiped = [merge for merge in case.evidence.merges if _is_wiped(merge)]
+    for is_broken, severity in ((True, (setting and setting.wiped) or delta_norm.wiped), (False, None)):
+        yield from _wiped([merge for merge in wiped if _is_broken(merge) is is_broken], severity)
+    if not wiped and _is_blank(case.evidence):
         zeros = case.evidence.file_tensors
         yield delta_norm.finding(
             f"every value of the {tensors(zeros)} in the file is zero, and the merge still changes the base",
@@ -97,6 +97,21 @@ def delta_norm(case: MergeCase) -> Iterator[Finding]:
             origin=Origin.ADAPTER,
             tensor=zeros[0].stats.name,
             tensors=len(zeros),
+        )
+
+
+def _wiped(merges: list[TensorMerge], severity: Severity | None = None) -> Iterator[Finding]:
+    if merges:
+        wiped = tuple(merge.stats.name for merge in merges)
+        allowed = "; if zeros are meant, allow them: `checks: {delta-norm: {wiped: warning}}`"
+        yield delta_norm.finding(
+            f"the merge wipes out {tensors(wiped)} of the base: {listing(wiped)} {are(wiped)} zero in the merged model",
+            "check the adapter's tensors of these modules (magnitudes, scales, a new head): if they are zero, they "
+            f"were not gathered before saving, or not saved{allowed if severity is ERROR else ''}",
+            severity=severity,
+            module=wiped[0].rpartition(".")[0],
+            tensor=wiped[0],
+            tensors=len(wiped),
         )
 
 
@@ -116,7 +131,14 @@ def _is_blank(evidence: Evidence) -> bool:
     return is_zero and any(merge.changed and merge.stats.finite for merge in evidence.merges)
 
 
-def _is_wiped(merge: TensorMerge) -> bool:
-    """Whether ‖merged‖ is below the rounding of ‖W‖."""
+def _is_wiped(merge: TensorMerge, share: float = 1.0) -> bool:
+    """Whether ‖merged‖ is below the rounding of this share of ‖W‖."""
     largest_norm = merge.stats.max_abs * math.sqrt(merge.stats.numel)
-    return merge.stats.finite and bool(merge.base_norm) and largest_norm <= WIPED_SHARE * (merge.base_norm or 0.0)
+    norm = (merge.base_norm or 0.0) * share
+    return merge.stats.finite and norm > 0 and largest_norm <= WIPED_SHARE * norm
+
+
+def _is_broken(merge: TensorMerge) -> bool:
+    """Whether a wiped tensor is a weight matrix, and wiped for certain."""
+    is_matrix = sum(size > 1 for size in merge.stats.shape) > 1
+    return is_matrix and _is_wiped(merge, ESTIMATE_SHARE if merge.estimated else 1.0)

@@ -9,6 +9,9 @@
   the values in the file do not match it. A test adapter that was trained in float32 and merged in bfloat16 is wrong by
   several times its own effect.
 
+If a file has no projections (`save_projection: false` of VeRA), the finding is a note: they follow from
+`projection_prng_key`, which no file proves. State that key under `expect`, and the note goes away.
+
 ```text
 init_lora_weights is 'pissa_niter_4': PEFT repeats a randomized decomposition of the base on every load, so each merge
 gives other weights
@@ -29,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from merge_gate.judging.checks.check import WARNING, Check, FileCase, Symptom
+from merge_gate.judging.checks.check import NOTE, WARNING, Check, FileCase, Symptom
 from merge_gate.records.terms import Finding, Origin
 
 
@@ -41,6 +44,15 @@ def not_reproducible(case: FileCase) -> Iterator[Finding]:
             f"init_lora_weights is {scheme!r}: PEFT repeats a randomized decomposition of the base on every load, so "
             "each merge gives other weights",
             "convert the adapter to plain LoRA on saving (path_initial_model_for_weight_conversion in save_pretrained)",
+        )
+    config, expect = case.files.config, case.spec.expect
+    if not config.save_projection and (expect is None or expect.projection_prng_key is None):
+        yield not_reproducible.finding(
+            f"the file has no projections (save_projection is false): they follow from projection_prng_key "
+            f"{config.projection_prng_key}, and no file proves that this is the key of the training",
+            "state the key that was reviewed, `expect: {projection_prng_key: …}`, or save the adapter with its "
+            "projections (save_projection: true)",
+            severity=NOTE,
         )
     if case.files.config.peft_type == "ADAMSS":
         yield not_reproducible.finding(

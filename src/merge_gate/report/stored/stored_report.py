@@ -20,7 +20,8 @@ from merge_gate._internal.earlier_reports import PREVIOUS, is_own
 from merge_gate._internal.errors import ExitCode, UsageError
 from merge_gate._internal.regular_file import open_regular_file
 from merge_gate._internal.text import WIDEST, quoted
-from merge_gate.judging.baseline import adapter_digest, failing_checks
+from merge_gate.judging.baseline import adapter_digest, digests_of, failing_checks, needs_base
+from merge_gate.names.suggestions import nearest
 from merge_gate.records.report import AdapterReport, Environment, Report
 from merge_gate.records.terms import BaseKey, Severity, Verdict, record
 from merge_gate.report.stored.report_files import FORMATS, WORDS, read_report
@@ -29,7 +30,7 @@ from merge_gate.report.wording.markdown import code, plain
 from merge_gate.report.wording.untrusted import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _NAME_IT = "name the report.json that a run wrote, or its directory"
 
@@ -257,31 +258,68 @@ version: 1
 """
 
 
-def first_baseline(report: Report, today: dt.date) -> str:
-    """The YAML of a first baseline: an entry for each failed adapter and cause.
+def first_baseline(
+    report: Report,
+    today: dt.date,
+    *,
+    only: Sequence[str] = (),
+    until: str | None = None,
+    owner: str = "",
+    reason: str = "",
+) -> str:
+    """The YAML of a first baseline: an entry for each failed adapter and cause, on each base if the cause needs one.
 
-    Reason and owner are empty, and the gate refuses a baseline with empty ones, so someone has to fill them in.
+    The gate refuses a baseline with an empty reason or owner, so someone has to fill them in. A comment says why an
+    adapter has no entry.
+
+    Raises:
+        UsageError: `only` names an adapter that the report does not have, or `until` is no date.
     """
-    names: dict[tuple[str, str], list[str]] = {}
-    also: dict[tuple[str, str], set[str]] = {}
+    known = {adapter.name for adapter in report.adapters}
+    if missing := next((name for name in only if name not in known), None):
+        raise UsageError(f"the report has no adapter {quoted(missing)}", hint=nearest(missing, sorted(known)))
+    last = _date(until) if until is not None else today + dt.timedelta(days=DAYS)
+    digests = digests_of(report.bases)
+    names: dict[tuple[str, ...], list[str]] = {}
+    also: dict[tuple[str, ...], set[str]] = {}
+    left_out = []
     for adapter in report.adapters:
         digest = adapter_digest(adapter.files)
-        if adapter.verdict is Verdict.FAILED and digest and adapter.cause:
-            key = digest, adapter.cause
+        if adapter.verdict is Verdict.FAILED and digest and adapter.cause and (not only or adapter.name in only):
             name = f"{one_line(adapter.name, words.NAME_LENGTH)} ({words.precision(adapter.base)})"
+            where = list[str]()
+            if needs_base(adapter):
+                base = digests.get(adapter.base)
+                if base is None:
+                    why = "what fails it needs the digest of the base, which the report does not have"
+                    left_out.append(f"# no entry for {name}: {why}")
+                    continue
+                where = [base, adapter.base.dtype, str(adapter.base.quantization)]
+            key = digest, adapter.cause, *where
             names.setdefault(key, []).append(name)
             also.setdefault(key, set()).update(failing_checks(adapter) - {adapter.cause})
-    until = (today + dt.timedelta(days=DAYS)).isoformat()
     entries = []
-    for (digest, cause), listed in names.items():
-        more = sorted(also[digest, cause])
+    for key, listed in names.items():
+        digest, cause, *where = key
+        more = sorted(also[key])
         entries += [
             f"  # {', '.join(dict.fromkeys(listed))}",
             f"  - adapter: {json.dumps(digest)}",
             f"    cause: {json.dumps(cause)}",
             *([f"    also: {json.dumps(more)}"] if more else []),
-            '    reason: ""',
-            '    owner: ""',
-            f'    until: "{until}"',
+            *(f"    {field}: {json.dumps(value)}" for field, value in zip(_WHERE, where, strict=False)),
+            f"    reason: {json.dumps(reason)}",
+            f"    owner: {json.dumps(owner)}",
+            f'    until: "{last.isoformat()}"',
         ]
-    return _HEAD + ("\n".join(["accept:", *entries]) if entries else "accept: []") + "\n"
+    return _HEAD + "\n".join([*(["accept:", *entries] if entries else ["accept: []"]), *left_out]) + "\n"
+
+
+_WHERE = ("base", "dtype", "quantization")
+
+
+def _date(text: str) -> dt.date:
+    try:
+        return dt.date.fromisoformat(text)
+    except ValueError:
+        raise UsageError(f"--until is {quoted(text)}, expected a date such as 2027-03-31") from None

@@ -15,6 +15,7 @@ from merge_gate.judging.checks.base_nonfinite import base_nonfinite
 from merge_gate.judging.checks.delta_norm import delta_norm
 from merge_gate.judging.checks.rounding_loss import rounding_loss
 from merge_gate.judging.kinds import ANSWERS
+from merge_gate.records.files import PICKLE_NAME
 from merge_gate.records.terms import FailureKind, Result, Severity, Verdict, record
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
@@ -279,13 +280,28 @@ _ADVICE = {
     FailureKind.NOT_MERGEABLE: "An adapter that cannot be merged may be served unmerged: leave it out of this gate.",
     FailureKind.UNEXPECTED: "An adapter that is not what was expected may be the wrong one: find out before a release.",
 }
-_FILES_ONLY = "Nothing was merged, so the values are unknown: `merge-gate run` checks them."
+_FILES_ONLY = (
+    "Nothing was merged. The adapters' files were searched for NaN and Inf: only `merge-gate run` checks the base and "
+    "the merge"
+)
 
 
 def advice(report: Report) -> str:
     """What the result means for a release, in a few sentences."""
     sentences = _of_compared(report) if report.is_comparison and report.complete else _of_gated(report)
-    return f"{sentences} {_FILES_ONLY}" if report.files_only else sentences
+    return f"{sentences} {_FILES_ONLY}{_values_unread(report)}." if report.files_only else sentences
+
+
+def _values_unread(report: Report) -> str:
+    """The adapter files whose values `merge-gate check` does not read."""
+    findings = [finding for adapter in report.adapters for finding in adapter.findings]
+    unread = {
+        ", pickled weights": any(file.path == PICKLE_NAME for each in report.adapters for file in each.files),
+        ", tensors in dtypes without a rule (the notes name them)": any(
+            finding.check == "adapter-nonfinite" and finding.severity is Severity.NOTE for finding in findings
+        ),
+    }
+    return "".join(words for words, is_there in unread.items() if is_there)
 
 
 def _of_compared(report: Report) -> str:

@@ -296,6 +296,8 @@ def baseline(report: Report) -> list[str]:
     reasons = {
         Acceptance.EXPIRED: "has passed its last day",
         Acceptance.MORE: "does not name all checks that fail the adapter, so it is not accepted",
+        Acceptance.UNBOUND: "names no base, dtype, and quantization, which this cause needs, so it accepts nothing: "
+        "make it again with `merge-gate report baseline --only NAME`",
         Acceptance.UNMATCHED: "matches nothing in this run",
     }
     unused = [entry for entry in report.baseline if entry.outcome in reasons]
