@@ -34,6 +34,25 @@ SIZE = r"^[1-9]\d{0,11}(\.\d{1,3})? ?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)$"
 """A size as a user writes it: `5GB`, `500 MiB`."""
 
 
+_WORD = re.compile(r"[^\s\"'<>`]+")
+
+
+def without_credentials(text: str) -> str:
+    """`text` without what may be secret in its URLs: all before an `@` (a user and a password), and the query."""
+    return _WORD.sub(_without_credentials, text) if "://" in text else text
+
+
+def _without_credentials(word: re.Match[str]) -> str:
+    scheme, mark, rest = word[0].partition("://")
+    at, query = rest.rfind("@"), rest.find("?")
+    if not mark or (at < 0 and query < 0):
+        return word[0]
+    if 0 <= query < at:  # the query has the @, or the password has the ?
+        return f"{scheme}://…"
+    path, question, _ = rest[max(at, 0) :].partition("?")
+    return f"{scheme}://{'…' if at >= 0 else ''}{path}{question and '?…'}"
+
+
 def is_hidden(character: str) -> bool:
     """Whether a character is invisible, or changes the visible order of others."""
     return unicodedata.category(character) in _HIDDEN_CATEGORIES or character in _BLANK_LETTERS
@@ -45,7 +64,11 @@ def has_hidden(text: str) -> bool:
 
 
 def quoted(text: str, most: int = 60, mark: str = '"') -> str:
-    """`text` between two `mark`s, cut to `most` characters. Hidden and unprintable characters are escaped."""
+    """`text` between two `mark`s, cut to `most` characters, and without the credentials of its URLs.
+
+    Hidden and unprintable characters are escaped.
+    """
+    text = without_credentials(text)
     shown = text if len(text) <= most else f"{text[: most - 1]}…"
     if shown.isprintable() and not has_hidden(shown):
         return f"{mark}{shown}{mark}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from merge_gate._internal.text import is_hidden
+from merge_gate._internal.text import is_hidden, without_credentials
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
@@ -27,8 +27,9 @@ def one_line(text: str, length: int | None = None) -> str:
     """Return `text` on a single line with single spaces, at most `length` characters long.
 
     A hidden character becomes U+FFFD, so that the reader can see it. A long text loses its middle, since names differ
-    at their starts and ends.
+    at their starts and ends. URLs lose their credentials.
     """
+    text = without_credentials(text)
     if text.isascii() and text.isprintable() and "  " not in text and text == text.strip(" "):  # nearly all
         line = text
     else:
@@ -56,8 +57,11 @@ def inert(line: str) -> str:
 
 
 def safe_text(text: str) -> str:
-    """Return foreign text of several lines for a log: with visible characters only, and no line a command."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    """Return foreign text of several lines for a log: with visible characters only, and no line a command.
+
+    URLs lose their credentials.
+    """
+    lines = without_credentials(text).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return "\n".join(inert(_visible(line.replace("\t", "    "))) for line in lines)
 
 
