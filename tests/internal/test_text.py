@@ -20,9 +20,8 @@ from merge_gate._internal.text import (
     unusable,
     without_credentials,
 )
-from merge_gate.report.wording.untrusted import one_line, safe_text
 from merge_gate.report.formats.json_report import render
-from merge_gate.report.wording.untrusted import one_line
+from merge_gate.report.wording.untrusted import one_line, safe_text
 from tests.support.reports import adapter, report
 
 HIDDEN = [chr(code) for code in range(sys.maxunicode + 1) if is_hidden(chr(code))]

@@ -13,13 +13,16 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from merge_gate._internal.errors import SHORTAGES, ConfigError, ExitCode, GateError
+from merge_gate._internal.errors import SHORTAGES, ConfigError, ExitCode, GateError, UsageError
 from merge_gate._internal.interrupts import Interrupted, interruptible
 from merge_gate._internal.text import quoted
 from merge_gate.cli.output import DEBUG, exit_code
 from merge_gate.cli.parser import command_of, parsed
 from merge_gate.records.features import declared
 from merge_gate.run.streams import flush_streams, mend_streams, say
+
+_OF_NO_PLACE = ("explain", "schema")
+"""Commands that use no files of the user."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +49,8 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 def _obey(arguments: argparse.Namespace) -> int:
     try:
+        if arguments.command not in _OF_NO_PLACE:
+            _refuse_deleted_directory()
         return int(command_of(arguments.command)[1](arguments))
     except ConfigError as error:
         for problem in error.problems:
@@ -64,6 +69,16 @@ def _obey(arguments: argparse.Namespace) -> int:
         return _stopped(stop, arguments)
     except Exception as error:
         return _crashed(error, verbose=getattr(arguments, "verbose", False))
+
+
+def _refuse_deleted_directory() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError(
+            "the current directory no longer exists: it was removed after this shell entered it",
+            hint='enter an existing one, or the new one of that name with `cd "$PWD"`; then run again',
+        ) from None
 
 
 def _crashed(error: Exception, *, verbose: bool) -> int:
