@@ -302,8 +302,10 @@ class _Places:
         if working_directory:
             self._start = self.place(working_directory)
             if not self._start.is_dir():
-                self.problem = f"working-directory: got {_got(working_directory)}, expected a directory, but {_path(self._start)} "
+                self.problem = (
+                    f"working-directory: got {_got(working_directory)}, expected a directory, but {_path(self._start)} "
                     "is not one"
+                )
 
     def place(self, written: str) -> Path:
         path = os.path.normpath(self._start / os.path.expanduser(written))  # noqa: PTH111 # Path's raises without a home
