@@ -21,8 +21,8 @@ _BLANK_LETTERS = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 
 _MOST_PATH_BYTES, _MOST_NAME_BYTES = 4095, 255  # of Linux
 
-WIDEST = 80
-"""The most columns of text for people, however wide their terminal is."""
+WIDEST, WIDEST_TABLE = 80, 120
+"""The most columns of text and of tables for people, however wide their terminal is."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 """A full commit of the Hub. huggingface_hub asks the server again for the commit of any other name."""

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from merge_gate._internal.errors import SHORTAGES, ConfigError, ExitCode, GateError, UsageError
+from merge_gate._internal.errors import SHORTAGES, ConfigError, ExitCode, GateError
 from merge_gate._internal.interrupts import Interrupted, interruptible
 from merge_gate._internal.text import quoted
 from merge_gate.cli.output import DEBUG, exit_code
@@ -75,10 +75,9 @@ def _refuse_deleted_directory() -> None:
     try:
         Path.cwd()
     except FileNotFoundError:
-        raise UsageError(
-            "the current directory no longer exists: it was removed after this shell entered it",
-            hint='enter an existing one, or the new one of that name with `cd "$PWD"`; then run again',
-        ) from None
+        from merge_gate.config.from_arguments import current_directory_gone
+
+        raise current_directory_gone() from None
 
 
 def _crashed(error: Exception, *, verbose: bool) -> int:

@@ -49,7 +49,7 @@ _WITHOUT_A_MERGE: Mapping[str, Callable[[AdapterReport], bool]] = {
 }
 
 _START_S, _READ_S_A_GB, _LORA_S_A_GB, _OTHER_S_A_GB = 4.0, 1.0, 0.4, 2.0
-"""Seconds on two CPU cores, rounded from docs/evidence/performance.md: the last two for a merge and a GB of its base."""
+"""Seconds on two CPU cores, rounded from docs/evidence/performance.md; the last two for a merge and a GB of base."""
 _TORCH_BYTES, _LAYERS = 400_000_000, 2.5
 """Memory of torch and PEFT, and how many times the largest tensor of the base is in memory."""
 
@@ -93,10 +93,11 @@ def _parts(run: Run, config: Config) -> Iterator[RenderableType]:
     yield from _lines_of_bytes(run, bases)
     if bases:
         seconds = _START_S + sum(base.seconds for base in bases)
+        peak = shown_bytes(max(base.peak_bytes for base in bases))
         yield _row(
             "estimate",
-            f"{_rounded(seconds)}, and {shown_bytes(max(base.peak_bytes for base in bases))} of memory: from runs on two "
-            "CPU cores with files in memory; downloads, slow disks, and `forward` come on top",
+            f"{_rounded(seconds)}, and {peak} of memory: from runs on two CPU cores with files in memory; downloads, "
+            "slow disks, and `forward` come on top",
         )
     yield from _lines_of_output(run)
     decided = run.tally.report().adapters
@@ -143,7 +144,8 @@ class _Base:
     @property
     def peak_bytes(self) -> int:
         """About the most memory, without the base's mapped files."""
-        largest = max((math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] // 8 for tensor in self._files.tensors), default=0)
+        bits = (math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] for tensor in self._files.tensors)
+        largest = max(bits, default=0) // 8
         return _TORCH_BYTES + int(_LAYERS * largest) + sum(self._needed())
 
     def lines(self) -> Iterator[RenderableType]:

@@ -45,6 +45,16 @@ def shorten(text: str, length: int) -> str:
     return text[: length - 1 - tail] + ELLIPSIS + (text[-tail:] if tail else "")
 
 
+def shorten_between_words(text: str, length: int) -> str:
+    """Cut whole words out of the middle of `text`, so that each name that remains is whole. A long word is cut."""
+    if len(text) <= length:
+        return text
+    tail = (length - 2 - len(ELLIPSIS)) // 2
+    head, end = text[: length - 2 - len(ELLIPSIS) - tail], text[-tail:]
+    first, last = head.rpartition(" ")[0], end.partition(" ")[2]
+    return f"{first} {ELLIPSIS} {last}" if first and last else shorten(text, length)
+
+
 def inert(line: str) -> str:
     """Alter text that a GitHub runner would read as a workflow command, in one line of log.
 
