@@ -124,9 +124,15 @@ class TextView(View):
         from merge_gate.report.formats.terminal_text import render  # noqa: PLC0415 - only the table needs rich
 
         stream = self._stdout
-        width, ascii_only = width_of(stream), is_ascii(stream)
-        looks = {"table_width": width_of(stream, WIDEST_TABLE), "color": self._colors_result, "ascii_only": ascii_only}
-        write(stream, render(report, output_dir, width=width, **looks))
+        text = render(
+            report,
+            output_dir,
+            width=width_of(stream),
+            table_width=width_of(stream, WIDEST_TABLE),
+            color=self._colors_result,
+            ascii_only=is_ascii(stream),
+        )
+        write(stream, text)
 
 
 class PlainView(TextView):
