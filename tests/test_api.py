@@ -1,6 +1,7 @@
 """`merge_gate.gate`: typed reports, no torch and no traces in the process that calls it."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 
 import merge_gate
-from merge_gate import ConfigError, GateError, Report, Result, UsageError, Verdict, gate
+from merge_gate import ConfigError, GateError, Report, Result, UsageError, Verdict, gate, read_report
 from merge_gate.records.features import FEATURES
+from merge_gate.report.formats.json_report import render
 from merge_gate.report.stored.report_files import write_report
-from tests.support.reports import PASS
+from tests.support.reports import EMPTY, FAIL, FAILED, PASS
 from tests.support.tried import tried
 from tests.support.wording import Wording
 
@@ -101,6 +103,43 @@ def test_wrong_arguments_raise(demo: Path, wording: Wording, cwd) -> None:
     with pytest.raises(ConfigError):
         gate("broken.yml")
     assert issubclass(ConfigError, GateError)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtypes": ["bf16"]}, 'entry 1 of "dtypes" must be'),
+        ({"allow_pickle": 3}, '"allow_pickle" must be true or false'),
+        ({"checks": {"no-efect": "off"}}, 'checks: unknown key "no-efect"'),
+        ({"expect": {"rank": 8}}, 'expect: unknown key "rank"'),
+        ({"expect": {"r": "x"}, "checks": {"no-effect": "off"}}, 'expect: "r" must be a valid integer'),
+    ],
+)
+def test_an_error_names_the_argument(demo: Path, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(words)):
+        gate(demo / "adapters" / "good", base=demo / "base", **options)
+
+
+@pytest.mark.parametrize("name", ["out", "out/report.json"])
+def test_a_report_is_read_again(cwd: Path, name: str) -> None:
+    write_report(FAIL, "out")
+    assert render(read_report(cwd / name)) == render(FAIL)
+
+
+@pytest.mark.parametrize("name", ["", "none", "out/summary.md", 5])
+def test_what_is_no_report_is_not_read(cwd: Path, name: Any) -> None:
+    write_report(PASS, "out")
+    with pytest.raises(UsageError):
+        read_report(name)
+
+
+def test_a_report_shows_a_line_for_each_adapter() -> None:
+    first, *lines, last = repr(FAIL).splitlines()
+    assert (first, last) == ("Report(result='fail', adapters=(", "))")
+    assert len(lines) == len(FAIL.adapters)
+    shown = f"name={FAILED.name!r}, base={FAILED.base.model!r}, dtype='bfloat16', verdict='failed'"
+    assert f"  AdapterReport({shown}, cause={FAILED.cause!r})," in lines
+    assert repr(EMPTY) == "Report(result='error', adapters=())"
 
 
 MISTAKES = ({"adapters": "typo"}, {"dtypes": 16}, {"device": "tpu"}, {"adapters": "out"})

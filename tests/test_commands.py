@@ -541,7 +541,15 @@ def test_a_check_is_explained(capsys: pytest.CaptureFixture[str], wording: Wordi
     assert main(["explain"]) == 0
     listed = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
     ids = [line.split()[0] for line in listed if line and not line.endswith(":")]
-    assert ids[:-1] == [*CHECKS, *WITHOUT_SETTING, *ANSWERS]
+    assert ids[:-1] == [*sorted(CHECKS, key=ids.index), *WITHOUT_SETTING, *ANSWERS]
+    assert [line for line in listed if line.endswith(":")] == [
+        "Checks of the adapter's files:",
+        "Checks of the base:",
+        "Checks of the merge:",
+        "Checks of the running model:",
+        "Findings without a setting:",
+        "Results of `merge-gate verify`:",
+    ]
     assert all(main(["explain", one]) == 0 for one in ids[:-1])
     capsys.readouterr()
     for unknown in ("no-efect", "zzz"):

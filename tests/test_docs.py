@@ -13,6 +13,7 @@ import math
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
@@ -42,7 +43,8 @@ from tests.support.generated import CODE_BLOCK, blocks, held, without_numbers
 from tests.support.judging.every_check import GOLDENS
 from tests.support.models import VARIANTS
 from tests.support.schemas import config_schema
-from tests.tools.words import words_by_page
+from tests.tools.words import words
+from website.build import ORDER
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -495,12 +497,28 @@ def test_the_number_of_checks_is_in_the_readme_and_the_changelog(name: str) -> N
     assert (ROOT / name).read_text(encoding="utf-8") == made, "run make schemas"
 
 
-def test_the_documents_stay_short() -> None:
-    pages = words_by_page()
-    assert sum(pages.values()) <= 45_000, "see `python -m tests.tools.words`"
-    evidence = {page: count for page, count in pages.items() if page.startswith("docs/evidence/")}
-    assert len(evidence) == 4
-    assert max(evidence.values()) <= 1_200
+def test_the_index_has_every_page() -> None:
+    """The pages of checks are in the index of checks. The site's navigation has the same order of folders."""
+    index = ROOT / "docs" / "index.md"
+    pages = [page for page in PAGES if page.is_relative_to(index.parent) and page not in {index, *CHECK_PAGES.values()}]
+    folders: dict[str, list[str]] = {folder: [] for folder in ORDER}
+    for page in pages:
+        title = re.findall(r"^# (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)[0]
+        path = page.relative_to(index.parent).as_posix()
+        folders[path.rpartition("/")[0]].append(f"[{title}]({path})")
+    lines = (f"- {folder.capitalize() or 'Start'}: {', '.join(links)}" for folder, links in folders.items())
+    held(index, "pages", "\n".join(lines))
+
+
+def test_the_table_of_commands_is_short_and_has_every_command() -> None:
+    page = ROOT / "docs" / "guides" / "which-command.md"
+    text = page.read_text(encoding="utf-8")
+    assert words(text) <= 300
+    assert "docs/guides/which-command.md" in re.findall(r"\]\(([^)]+)\)", README)[0]
+    shown = subprocess.run([sys.executable, "-m", "merge_gate", "--help"], capture_output=True, text=True, check=True)
+    listed = re.findall(r"^    ([a-z]+(?: [a-z]+)?)  ", shown.stdout.partition("options:")[0], re.MULTILINE)
+    missing = [command for command in listed if f"merge-gate {command}" not in text]
+    assert missing == [command for command in ("attest", "schema", "completion") if command in listed]
 
 
 def tables_with_tests() -> Iterator[tuple[str, str]]:

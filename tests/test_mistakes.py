@@ -381,3 +381,22 @@ def test_the_table_counts_the_mistakes() -> None:
     if os.environ.get("UPDATE_GOLDENS"):
         DOCS.write_text(before + table + after, encoding="utf-8")
     assert DOCS.read_text(encoding="utf-8") == before + table + after
+
+
+# --- what must not be repeated ---------------------------------------------------------------------------------------
+
+SECRET_URL = "https://user:S3CRET@host/acme/base?token=S3CRET"
+
+
+@pytest.mark.parametrize("named_by", ["--base", "the configuration", "the adapter"])
+def test_credentials_of_a_url_are_not_repeated(named_by: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (place / "gate.yml").write_text(json.dumps({"version": 1, "base": SECRET_URL, "adapters": ["one"]}))
+    config = {**CONFIG, "base_model_name_or_path": SECRET_URL}
+    (place / "one" / "adapter_config.json").write_text(json.dumps(config))
+    words = {"--base": ["one", "--base", SECRET_URL], "the configuration": ["gate.yml"], "the adapter": ["one"]}
+    assert main(["run", *words[named_by]]) == (1 if named_by == "the adapter" else 2)
+    output = "".join(capsys.readouterr())
+    written = [path.read_text() for path in (place / OUTPUT).rglob("*.*")]
+    assert bool(written) is (named_by == "the adapter")
+    assert "https://…@host/acme/base?…" in output
+    assert "S3CRET" not in output + "".join(written)

@@ -169,3 +169,14 @@ def nothing_judged(name: str, place: Path, answer: Answer, before: dict[str, str
     assert not any(line.startswith("::") for line in answer.err.splitlines()), answer.err
     assert tree(place) == before
     assert not (place / "merge-gate-report").exists()
+
+
+@pytest.mark.parametrize("words", [("run", "/nowhere"), ("check", "/nowhere"), ("report", "show", "x"), ("init", ".")])
+def test_a_deleted_directory_is_named(words: tuple[str, ...], cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cwd.rmdir()
+    try:
+        assert main([*words]) == 2
+        assert main(["explain", "no-effect"]) == 0
+    finally:
+        cwd.mkdir()
+    assert "the current directory no longer exists" in capsys.readouterr().err

@@ -39,7 +39,7 @@ DOCS = ROOT / "docs"
 
 ORDER: Mapping[str, tuple[str, ...]] = {
     "": ("index", "quickstart", "installation"),
-    "guides": ("trainers", "github-actions", "other-ci", "clusters", "troubleshooting"),
+    "guides": ("which-command", "trainers", "github-actions", "other-ci", "clusters", "troubleshooting"),
     "reference": ("command-line", "action", "configuration", "report", "exit-codes", "environment"),
     "checks": ("index", *CHECKS, *WITHOUT_SETTING),
     "concepts": ("how-it-works", "forward", "limits"),

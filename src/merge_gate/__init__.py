@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from merge_gate._internal.errors import ConfigError, GateError, UsageError
-    from merge_gate.api import export, gate
+    from merge_gate.api import export, gate, read_report
     from merge_gate.features.export.export_record import Export, ExportRecord  # type: ignore[import-not-found, unused-ignore]
     from merge_gate.records.report import AdapterReport, BaseReport, Report
     from merge_gate.records.terms import Finding, Result, Severity, Verdict
@@ -30,10 +30,11 @@ __all__ = [
     "__version__",
     "export",
     "gate",
+    "read_report",
 ]
 
 _MODULES = {
-    "merge_gate.api": ("export", "gate"),
+    "merge_gate.api": ("export", "gate", "read_report"),
     "merge_gate._internal.errors": ("ConfigError", "GateError", "UsageError"),
     "merge_gate.records.report": ("AdapterReport", "BaseReport", "Report"),
     "merge_gate.records.terms": ("Finding", "Result", "Severity", "Verdict"),

@@ -20,6 +20,7 @@ from merge_gate.records.features import part
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.report.stored.output_directory import refuse_report
 from merge_gate.report.stored.report_files import FORMATS
+from merge_gate.report.stored.stored_report import stored
 from merge_gate.run.flow import run_gate
 from merge_gate.worker.supervisor import WorkerSlot
 
@@ -114,6 +115,18 @@ def export(
     return made
 
 
+def read_report(path: Name) -> Report:
+    """Read the report of an earlier run.
+
+    Args:
+        path: a report.json, or the output directory that holds it.
+
+    Raises:
+        UsageError: the file cannot be read, is no report of this version, or contradicts itself.
+    """
+    return stored(_converted({"output": path, "device": "auto"})["output"])
+
+
 def refuse_options(**options: Any) -> None:
     """Refuse the options that `gate` would refuse, before there is an adapter to gate.
 
@@ -125,7 +138,7 @@ def refuse_options(**options: Any) -> None:
     given.apply_defaults()
     converted = _converted(given.arguments)
     with tempfile.TemporaryDirectory() as directory:
-        config_of([directory], **{name: converted[name] for name in _IN_CONFIG})
+        _config_of([directory], {name: converted[name] for name in _IN_CONFIG}, None)
 
 
 def _converted(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,11 +184,41 @@ _KINDS: Mapping[str, tuple[Callable[[Any], Any], str]] = {
 """What makes plain data of an argument, and what it expects."""
 
 
+def _config_of(names: Sequence[str], named: Mapping[str, Any], output: str | None) -> Config:
+    """A configuration of named adapters. Its errors name the arguments of `gate`, and no keys of a file.
+
+    Raises:
+        UsageError: with every problem.
+    """
+    try:
+        return config_of(names, **named, output=output)
+    except UsageError as error:
+        message = error.message
+        for name, key in _KEYS.items():
+            message = message.replace(f'"{key}"', f'"{name}"')
+        wrong = [name for name in ("checks", "expect") if named[name] and _is_wrong(name, named[name])]
+        raise UsageError(": ".join([*wrong, message]), hint=error.hint) from None
+
+
+_KEYS = {"dtypes": "dtype", "allow_pickle": "allow-pickle"}
+"""Arguments of `gate` that a file names in another way."""
+
+
+def _is_wrong(name: str, value: object) -> bool:
+    """Whether this option alone is refused."""
+    with tempfile.TemporaryDirectory() as directory:
+        try:
+            config_of([directory], **{name: value})  # type: ignore[arg-type] # `checks` or `expect`
+        except UsageError:
+            return True
+    return False
+
+
 def _config(names: Sequence[str], named: Mapping[str, Any], output: str | None) -> Config:
     if not names:
         raise UsageError("no adapters are named", hint="name directories, globs, Hub ids, or a configuration file")
     if not names_a_file(names):
-        return config_of(names, **named, output=output)
+        return _config_of(names, named, output)
     given = next((name for name, value in named.items() if value), None)
     if given is not None:
         raise UsageError(f"{given} is for named adapters", hint="write it into the configuration file instead")

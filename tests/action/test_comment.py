@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,6 +67,13 @@ def test_foreign_text_addresses_no_one_and_is_cut() -> None:
     assert "\n## ❌ merge-gate FAIL" in body
     assert 60_000 < len(body) <= 65_536
     assert body.endswith("(https://example.org)\n")
+
+
+@pytest.mark.parametrize("name", ["#1", "GH-1", "gh-12", "acme/llama#3", "(GH-4)"])
+def test_no_text_refers_to_an_issue(name: str) -> None:
+    body = comment.comment_body(f"an adapter {name} failed", "<!-- m -->", "")
+    assert re.search(r"(#|GH-)\d", body, re.IGNORECASE) is None
+    assert body.replace("\u200b", "") == f"<!-- m -->\nan adapter {name} failed\n"
 
 
 def test_without_a_report_it_has_the_headline(environ: dict[str, str]) -> None:

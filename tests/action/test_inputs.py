@@ -235,3 +235,21 @@ def test_a_link_of_the_checkout_is_left_for_the_launcher(environ: dict[str, str]
     assert action.read_inputs(asked(environ, output="reports")).run.output == link
     assert action.read_inputs(asked(environ, output="reports/x")).run.output == link / "x"
     assert os.path.lexists(link)
+
+
+@pytest.mark.parametrize(
+    "name", ["config", "adapters", "base", "dtype", "image", "verify", "working_directory", "args"]
+)
+def test_a_long_value_is_cut(environ: dict[str, str], name: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        action.read_inputs(asked(environ, **{"config": "", "adapters": "", name: "'" + "x" * 100_000}))
+    assert f"{name.replace('_', '-')}: " in caught.value.message
+    assert len(caught.value.message) < 1_500
+
+
+@pytest.mark.parametrize("name", ["adapters", "base", "image", "args", "working_directory"])
+def test_a_misplaced_token_is_named_and_not_repeated(environ: dict[str, str], name: str, wording: Wording) -> None:
+    with pytest.raises(UsageError) as caught:
+        action.read_inputs(asked(environ, hf_token="hf_s3cr3t\n", **{name: "acme/hf_s3cr3t"}))
+    assert "s3cr3t" not in str(caught.value)
+    wording(caught.value)

@@ -81,6 +81,9 @@ def test_windows_is_a_sentence(wording: Wording) -> None:
 # --- the whole step --------------------------------------------------------------------------------------------------
 
 
+FILES = ("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY")
+
+
 def annotations(level: str, log: str) -> list[str]:
     """The texts of the step's own annotations of this level."""
     return re.findall(rf"^::{level} title=merge-gate::(.*)$", log, re.MULTILINE)
@@ -128,6 +131,13 @@ def test_whatever_goes_wrong_the_outputs_say_error(environ: dict[str, str], inpu
     assert Path(environ["GITHUB_STEP_SUMMARY"]).read_text().startswith("### merge-gate: error\n")
 
 
+def test_a_misplaced_token_is_in_no_output(environ: dict[str, str]) -> None:
+    log = run_step(environ, hf_token="hf_s3cr3t", adapters="hf_s3cr3t")
+    assert "adapters: got the token" in log
+    assert "s3cr3t" not in log + "".join(Path(environ[name]).read_text() for name in FILES)
+    assert outputs(environ)["result"] == "error"
+
+
 def test_outputs_that_cannot_be_written_fail_the_step(environ: dict[str, str]) -> None:
     process = step({**environ, "GITHUB_OUTPUT": "/nowhere/output"}, config="nowhere.yml")
     log, _ = process.communicate(timeout=PATIENCE_S)
@@ -139,7 +149,7 @@ class Crashing(dict[str, str]):
     """An environment with an input that cannot be read."""
 
     def get(self, name: str, *default: Any) -> Any:
-        return 1 / 0 if name == "MERGE_GATE_INPUT_HF_TOKEN" else super().get(name, *default)
+        return 1 / 0 if name == "MERGE_GATE_INPUT_CONFIG" else super().get(name, *default)
 
 
 def test_a_crash_of_the_step_itself_is_an_error_with_outputs(environ, capsys) -> None:

@@ -306,10 +306,37 @@ def test_a_base_that_lies_elsewhere_is_found_for_each(here: Path) -> None:
         (here / name / "config.json").write_text("{}")
         (here / name / "model.safetensors").touch()
     text = first_config(["a/one", "c"], base_of)
-    assert "./a/one" in yaml.safe_load(text)["adapters"]
+    assert {"path": "./a/one", "base": "./b1"} in yaml.safe_load(text)["adapters"]
     assert "  - {path: ./c/three, base: ./c/b2}\n" in text
     assert "  - {path: ./a/one, base: ./far/b1}\n" in first_config(["a/one", "c", "far"], base_of)
-    assert "./a/one" in yaml.safe_load(first_config(["a/one", "c", "far", "near"], base_of))["adapters"]
+    several = yaml.safe_load(first_config(["a/one", "c", "far", "near"], base_of))
+    assert {"path": "./a/one", "base": "./b1"} in several["adapters"]
+
+
+FITTING = {"./a/one": ["./models/x"], "./c/three": ["./models/x", "./models/y"]}
+
+
+def test_bases_that_fit_are_offered(here: Path, wording: Wording) -> None:
+    """Near the current directory, too. One that is the only one is written."""
+    for name in ("x", "y", "z"):
+        (here / "models" / name).mkdir(parents=True)
+        (here / "models" / name / "config.json").write_text("{}")
+        (here / "models" / name / "model.safetensors").touch()
+
+    def fits(adapter: str, base: str) -> bool:
+        return base in FITTING[adapter]
+
+    text = first_config(["a/one", "c"], base_of, None, fits)
+    wording(text)
+    assert yaml.safe_load(text)["adapters"] == [
+        {"path": "./a/one", "base": "./models/x"},
+        {"path": "./c/three", "base": "./b2"},
+    ]
+    wording(first_config(["c"], base_of, None, fits))
+    (here / "merge-gate.yml").write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config("merge-gate.yml")
+    assert [problem.line for problem in caught.value.problems] == [text[: text.index("./b2")].count("\n") + 1]
 
 
 def test_a_base_whose_name_is_none_of_the_hubs_is_looked_for(here: Path) -> None:

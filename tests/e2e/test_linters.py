@@ -70,12 +70,12 @@ def test_the_recipes_of_the_documents_are_workflows(home: Path, tmp_path: Path) 
     folder = tmp_path / ".github" / "workflows"
     folder.mkdir(parents=True)
     subprocess.run(["git", "init", "-q", tmp_path], check=True)
-    pages = [ROOT / "docs" / "guides" / f"{name}.md" for name in ("github-actions", "serve-adapters")]
+    pages = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
     text = "".join(page.read_text(encoding="utf-8") for page in pages)
     blocks = [
         block for block in re.findall(r"^```yaml\n(.*?)^```", text, re.MULTILINE | re.DOTALL) if "\njobs:" in block
     ]
-    assert len(blocks) >= 8
+    assert len(blocks) >= 12
     for index, block in enumerate(blocks):
         (folder / f"recipe{index}.yml").write_text(block, encoding="utf-8")
     tools, files = home / "tools" / "bin", sorted(folder.iterdir())
@@ -83,6 +83,7 @@ def test_the_recipes_of_the_documents_are_workflows(home: Path, tmp_path: Path) 
     commands = [
         [tools / "actionlint", "-no-color", *config, *files],
         [tools / "check-jsonschema", "--builtin-schema", "vendor.github-workflows", *files],
+        [tools / "zizmor", "--offline", "--no-progress", "--quiet", "--strict-collection", "--no-config", *files],
     ]
     for command in commands:
         done = subprocess.run(command, cwd=tmp_path, check=False, capture_output=True, text=True)

@@ -9,9 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_gate._internal.tensor_names import module_of
-from merge_gate._internal.text import COMMIT, counted, has_hidden, is_hidden, is_inside, listing, quoted, unusable
+from merge_gate._internal.text import (
+    COMMIT,
+    counted,
+    has_hidden,
+    is_hidden,
+    is_inside,
+    listing,
+    quoted,
+    unusable,
+    without_credentials,
+)
 from merge_gate.report.formats.json_report import render
-from merge_gate.report.wording.untrusted import one_line
+from merge_gate.report.wording.untrusted import one_line, safe_text
 from tests.support.reports import adapter, report
 
 HIDDEN = [chr(code) for code in range(sys.maxunicode + 1) if is_hidden(chr(code))]
@@ -56,6 +66,32 @@ def test_every_place_means_the_same_by_it() -> None:
 )
 def test_quoted_text_is_short_and_visible(text: str, shown: str) -> None:
     assert quoted(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("acme/llama@v1?", "acme/llama@v1?"),
+        ("see https://host/a#b", "see https://host/a#b"),
+        ("https://user:SECRET@host/a: 404", "https://…@host/a: 404"),
+        ("git+ssh://SECRET@host/a", "git+ssh://…@host/a"),
+        ("(https://user:SEC/R@E#T@host/a)", "(https://…@host/a)"),
+        ("https://host/a?token=SECRET&b=c, then", "https://host/a?… then"),
+        ("https://user:SECRET@host/a?token=SECRET", "https://…@host/a?…"),
+        ("https://host/?mail=a@b&token=SECRET", "https://…"),
+        ("https://user:SEC?RET@host", "https://…"),
+        ('"https://u:SECRET@a" "https://u:SECRET@b"', '"https://…@a" "https://…@b"'),
+        ("https://u:SECRET@a,https://u:SECRET@b", "https://…@b"),
+    ],
+)
+def test_urls_lose_their_credentials(text: str, shown: str) -> None:
+    assert without_credentials(text) == shown
+    assert quoted(text, 200, "") == shown
+    assert one_line(text) == safe_text(text) == shown
+
+
+def test_a_long_url_is_cut_after_its_credentials() -> None:
+    assert "SECRET" not in quoted(f"https://user:{'SECRET' * 99}@host/a")
 
 
 def test_a_list_says_how_many_it_leaves_out() -> None:

@@ -17,6 +17,7 @@ from merge_gate.records.files import HashedFile
 from merge_gate.records.report import Accepted, AdapterReport, Coverage
 from merge_gate.records.terms import Origin, Severity, Verdict
 from merge_gate.report.formats.html_report import chain, render
+from merge_gate.report.wording.explanations import explanations
 from tests.support.reports import (
     ATTACKS,
     BASE,
@@ -90,11 +91,16 @@ def test_the_policy_allows_the_page_s_own_style_and_script() -> None:
     assert rules == {"default-src": "'none'", "base-uri": "'none'", "form-action": "'none'"}
 
 
-def test_nothing_is_loaded_and_nothing_leads_away() -> None:
+def test_nothing_is_loaded_and_links_are_those_of_the_explanations() -> None:
     page = Page(render(FAIL))
-    assert not {"link", "img", "iframe", "object", "a", "form", "svg", "template"} & set(page.tags)
+    assert not {"link", "img", "iframe", "object", "form", "svg", "template"} & set(page.tags)
     names = {name for _, name, _ in page.attributes}
-    assert not {"src", "href", "srcset", "action", "style"} & names
+    assert not {"src", "srcset", "action", "style"} & names
+    links = {value for tag, name, value in page.attributes if name == "href" and tag == "a"}
+    assert {"https://github.com/huggingface/diffusers/issues/5313"} <= links
+    assert all(link in "".join(explanations().values()) for link in links)
+    assert {value for _, name, value in page.attributes if name == "rel"} == {"noopener noreferrer"}
+    assert not [tag for tag, name, _ in page.attributes if name == "href" and tag != "a"]
     assert not [name for name in names if name.startswith("on")]
 
 
@@ -169,7 +175,7 @@ def test_each_check_of_the_report_is_explained_once() -> None:
     (text,) = re.findall(r'<section aria-labelledby="checks">.*?</section>', page, re.DOTALL)
     assert "**" not in text
     assert "](" not in text
-    inside = {"p", "b", "code", "pre", "ul", "li"}
+    inside = {"p", "b", "code", "pre", "ul", "li", "a"}
     assert set(Page(text).tags) == inside | {"section", "h2", "details", "summary"}
 
 

@@ -23,7 +23,7 @@ RENDERED = """
 import dataclasses, json
 from merge_gate.action.workflow import annotate
 from merge_gate.judging.kinds import finding
-from merge_gate.report.wording.explanations import linked, page_of
+from merge_gate.report.wording.explanations import explanations, linked, page_of
 from merge_gate.records.terms import Verdict
 from merge_gate.report.formats import html_report, json_report, junit, sarif, summary, terminal_text
 from tests.support.reports import FAILED, NAN, adapter, report
@@ -37,6 +37,7 @@ print(json.dumps({
     "base": html_report.render(report(bases=(base,))),
     "comparison": terminal_text.render(compared, ""), "compared": sarif.render(compared),
     "urls": [each.url for judged in (failed, base) for each in judged.findings],
+    "explained": "".join(explanations().values()),
     "answer": linked(twice).findings[0].url, "unknown": page_of("no-such-check"),
 }))
 """
@@ -68,6 +69,8 @@ def test_every_format_links_a_check_to_its_page(tmp_path: Path) -> None:
     assert linked["annotations"].endswith(f"%0AMore: {PAGE}")
     assert f'href="{PAGE}"' in linked["html"]
     assert f'href="{PAGE}"' in linked["base"]
+    assert f"[rounding-loss]({DOCUMENTATION}checks/rounding-loss/)" in linked["explained"]
+    assert f"({DOCUMENTATION}project/decisions/#merging)" in linked["explained"]
     assert PAGE in linked["urls"]
     assert None not in linked["urls"]
     driver = json.loads(linked["sarif"])["runs"][0]["tool"]["driver"]

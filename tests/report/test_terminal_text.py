@@ -70,7 +70,9 @@ def cached_at(time: str, name: str, **more: str) -> AdapterReport:
 def test_the_table_of_a_fleet_has_what_somebody_must_look_at(wording: Wording) -> None:
     broken = [failed(f"broken-{number}") for number in range(3)]
     warned = [adapter(f"warned-{number}", findings=(ROUNDING,)) for number in range(2)]
-    text = render(report(*(adapter(f"team-{number}") for number in range(995)), *warned, *broken), "out")
+    text = render(
+        report(*(adapter(f"team-{number}") for number in range(995)), *warned, *broken), "out", table_width=120
+    )
     table = text.split("\n\n")[0].splitlines()
     assert [line.split()[1] for line in table[2:7]] == [*(one.name for one in broken), *(one.name for one in warned)]
     wording(" ".join(table[7:]))
@@ -101,7 +103,7 @@ def test_what_is_wrong_with_a_broken_fleet_fits_on_few_screens(wording: Wording)
     fleet = [failed(f"broken-{number}", f"no. {number}") for number in range(300)]
     fleet += [adapter(f"warned-{n}", findings=(replace(ROUNDING, message=f"no. {n}"),)) for n in range(100)]
     text = render(report(*fleet), "out")
-    assert len(text.splitlines()) < 300
+    assert len(text.splitlines()) < 330
     assert text.count(" failed: adapter-nonfinite (") == 20
     assert "\n40 of 400 rows " in text
     after = text.rpartition("no. ")[2].partition("\n\n")[2]
@@ -192,3 +194,15 @@ def test_a_check_of_files_alone_gives_no_verdict() -> None:
     assert "VERDICT" in render(report(adapter("support")), "")
     many = [failed(f"broken-{number}", f"no. {number}") for number in range(50)]
     assert render(report(*many, files_only=True), "").count("`--report html=FILE` writes all.") == 2
+
+
+@pytest.mark.parametrize(("table_width", "lines"), [(80, 2), (120, 1)])
+def test_the_table_is_as_wide_as_the_terminal_and_cuts_no_place(table_width: int, lines: int) -> None:
+    module = "base_model.model.layers.0.self_attn.q_proj"
+    broken = adapter("a", Verdict.FAILED, cause=NAN.check, findings=(replace(NAN, module=module, message="x " * 99),))
+    text = render(report(broken), "out", width=80, table_width=table_width)
+    table, _, prose = text.partition("\n\n")
+    (row, *more) = table.splitlines()[2:]
+    assert 1 + len(more) == lines
+    assert "".join([row, *more]).replace(" ", "").endswith(f"adapter-nonfinitein{module}")
+    assert 60 < max(map(len, prose.splitlines())) <= 80

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from merge_gate._internal.errors import UsageError
+from merge_gate.cli.dispatch import main
 from merge_gate.config.load_config import load_config
 from merge_gate.files import hub, resolve
 from merge_gate.records.options import RunOptions
@@ -63,7 +64,7 @@ def server(place: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
 def planned(place: Path, options: RunOptions = RunOptions(), **config: Any) -> str:  # noqa: B008 - it is frozen
     path = place / "gate.yml"
     path.write_text(json.dumps({"version": 1, "base": "./base", "adapters": ["./adapters/*"]} | config))
-    return plan_run(load_config(str(path)), options, lambda _: None, width=1000).replace(str(place), "PLACE")
+    return plan_run(load_config(str(path)), options, lambda _: None, width=1000)[0].replace(str(place), "PLACE")
 
 
 def fetched(place: Path) -> set[str]:
@@ -108,7 +109,7 @@ def test_a_plan_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_lines_are_as_wide_as_the_terminal(place: Path) -> None:
     planned(place)
-    text = plan_run(load_config(str(place / "gate.yml")), RunOptions(), lambda _: None, width=50)
+    text, _ = plan_run(load_config(str(place / "gate.yml")), RunOptions(), lambda _: None, width=50)
     assert max(map(len, text.splitlines())) <= 50
 
 
@@ -145,7 +146,28 @@ def test_what_is_in_the_cache_is_read_from_there(server: LoopbackHub, place: Pat
 def test_an_unknown_base_is_an_error_of_its_adapters(server: LoopbackHub, place: Path) -> None:
     text = planned(place, base="acme/nothing")
     assert "on 0 bases" in text
-    assert "a (auto): could not be judged" in text
+    assert "they cannot be judged:\n  a (auto): could not be judged" in text
+    assert "wrong   the base 'acme/nothing'" in text or "wrong   'acme/nothing'" in text
+    assert "to do" in text
+    assert "estimate" not in text
+
+
+@pytest.mark.parametrize(("is_damaged", "code"), [(False, 3), (True, 1)])
+def test_the_exit_code_is_that_of_the_run(
+    place: Path, is_damaged: bool, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if is_damaged:
+        (place / "adapters" / "a" / "adapter_model.safetensors").write_bytes(b"damaged")
+    adapters = [str(place / "adapters" / name) for name in "ab"]
+    config = json.loads((place / "adapters" / "a" / "adapter_config.json").read_text())
+    for name in "ab":
+        text = json.dumps(config | {"base_model_name_or_path": "/mnt/train/llama"})
+        (place / "adapters" / name / "adapter_config.json").write_text(text)
+    assert main(["run", *adapters, "--plan"]) == code
+    text = capsys.readouterr().out
+    assert text.count("not-judged\n    wrong   the base '/mnt/train/llama' is not a directory here") == 2 - is_damaged
+    assert text.count("    to do") == 2
+    assert ("a (auto): failed, file-corrupt\n    wrong" in text) is is_damaged
 
 
 @pytest.mark.slow
@@ -176,7 +198,7 @@ def test_the_command_prints_the_plan_without_torch_or_a_report(place: Path) -> N
         [sys.executable, "-P", "-c", WITHOUT_TORCH], cwd=place, env=environment(), stdout=subprocess.PIPE, check=True
     )
     *lines, last = done.stdout.decode().splitlines()
-    assert last == "0 False False"
+    assert last == "1 False False"
     assert lines[0] == text.splitlines()[0].replace("PLACE/", "")
     assert everything(place) == before
 

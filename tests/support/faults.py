@@ -155,8 +155,13 @@ def cast_one(part: str, dtype: torch.dtype) -> Callable[[Path], None]:
     return edit(lambda tensors: tensors | {(name := one_key(tensors, part)): (tensors[name] * 100).to(dtype)})
 
 
-def complex_factors(tensors: Tensors) -> Tensors:
-    return {name: torch.complex(tensor, tensor) if "lora_A" in name else tensor for name, tensor in tensors.items()}
+def complex_factors(imaginary: float) -> Callable[[Path], None]:
+    return edit(
+        lambda tensors: {
+            name: torch.complex(tensor, imaginary * tensor) if "lora_A" in name else tensor
+            for name, tensor in tensors.items()
+        }
+    )
 
 
 def overwrite(content: bytes, name: str = ADAPTER_WEIGHTS) -> Callable[[Path], None]:
@@ -525,7 +530,7 @@ def healthy_with_a_twist() -> tuple[Case, ...]:
         healthy("some-lora-B-zero", "plain", break_=zero(V_B), warnings=("no-effect",)),
         healthy("lopsided-float16", "lopsided", dtype="float16"),
         healthy("large-but-float32", "plain", break_=LARGE_DELTA, warnings=("delta-norm",), entry=large_delta),
-        healthy("complex-factors", "plain", break_=edit(complex_factors), warnings=("keys-unexpected",)),
+        healthy("complex-factors", "plain", break_=complex_factors(0.0), warnings=("keys-unexpected",)),
         healthy("norm-that-no-config-names", "plain", break_=add(norm, 1.5, (32,)), warnings=("keys-unexpected",)),
         healthy("zeros-that-are-allowed", "dora", break_=zero("lora_magnitude_vector"), warnings=("delta-norm",),
                 entry={"checks": {"delta-norm": {"wiped": "warning"}}}),

@@ -45,16 +45,47 @@ def test_a_pickle_that_calls_is_refused_and_not_run(worker: WorkerSlot, tmp_path
     assert not (tmp_path / "made").exists()
 
 
-def test_other_content_is_refused_or_has_no_headers(worker: WorkerSlot, tmp_path: Path) -> None:
+def test_other_content_is_refused(worker: WorkerSlot, tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     torch.save([torch.zeros(2)], path)
     assert isinstance(worker.read_pickle(str(path)), Refusal)
     path.write_bytes(b"PK\x03\x04 and no more")
     assert isinstance(worker.read_pickle(str(path)), Refusal)
-    torch.save({"a": torch.zeros(2, 3), 1: torch.zeros(1), "step": 3}, path)
+    torch.save({"a": torch.zeros(2, 3), "step": 3}, path)
     assert [(one.name, one.dtype, one.shape) for one in listed(worker, path)] == [("a", "F32", (2, 3))]
     torch.save({"a": torch.zeros(2, dtype=torch.complex128)}, path)
-    assert worker.read_pickle(str(path)) == ()
+    refusal = worker.read_pickle(str(path))
+    assert isinstance(refusal, Refusal)
+    assert (refusal.kind, refusal.fields["dtype"]) == ("tensor_unreadable", "complex128")
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ({"a": torch.zeros(2), 5: torch.zeros(1)}, "they hold a name of type int"),
+        ({"a": torch.zeros(2), 5: 1}, "they hold a name of type int"),
+        ({"state_dict": {"a": torch.zeros(2)}}, 'they hold a dict as "state_dict" in place of tensors by name'),
+        ({"step": 3}, 'they hold a int as "step" in place of tensors by name'),
+    ],
+)
+def test_content_of_other_types_is_named(
+    worker: WorkerSlot, tmp_path: Path, content: dict[object, object], error: str
+) -> None:
+    torch.save(content, tmp_path / "a.bin")
+    refusal = worker.read_pickle(str(tmp_path / "a.bin"))
+    assert isinstance(refusal, Refusal)
+    assert (refusal.kind, refusal.fields["error"]) == ("pickle_unreadable", error)
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor", "ignore:The PyTorch API of nested tensors")
+def test_tensors_that_peft_cannot_copy_are_named(worker: WorkerSlot, tmp_path: Path) -> None:
+    quantized = torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)
+    nested = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    for tensor, dtype in ((quantized, "qint8"), (nested, "a nested layout")):
+        torch.save({"a": tensor}, tmp_path / "a.bin")
+        refusal = worker.read_pickle(str(tmp_path / "a.bin"))
+        assert isinstance(refusal, Refusal)
+        assert (refusal.kind, refusal.fields["name"], refusal.fields["dtype"]) == ("tensor_unreadable", "a", dtype)
 
 
 def test_a_process_that_ends_costs_the_file_that_it_read(tmp_path: Path) -> None:

@@ -21,8 +21,8 @@ _BLANK_LETTERS = frozenset("\u115f\u1160\u3164\uffa0\u2800")
 
 _MOST_PATH_BYTES, _MOST_NAME_BYTES = 4095, 255  # of Linux
 
-WIDEST = 80
-"""The most columns of text for people, however wide their terminal is."""
+WIDEST, WIDEST_TABLE = 80, 120
+"""The most columns of text and of tables for people, however wide their terminal is."""
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 """A full commit of the Hub. huggingface_hub asks the server again for the commit of any other name."""
@@ -32,6 +32,25 @@ NUMBER = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 
 SIZE = r"^[1-9]\d{0,11}(\.\d{1,3})? ?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)$"
 """A size as a user writes it: `5GB`, `500 MiB`."""
+
+
+_WORD = re.compile(r"[^\s\"'<>`]+")
+
+
+def without_credentials(text: str) -> str:
+    """`text` without what may be secret in its URLs: all before an `@` (a user and a password), and the query."""
+    return _WORD.sub(_without_credentials, text) if "://" in text else text
+
+
+def _without_credentials(word: re.Match[str]) -> str:
+    scheme, mark, rest = word[0].partition("://")
+    at, query = rest.rfind("@"), rest.find("?")
+    if not mark or (at < 0 and query < 0):
+        return word[0]
+    if 0 <= query < at:  # the query has the @, or the password has the ?
+        return f"{scheme}://…"
+    path, question, _ = rest[max(at, 0) :].partition("?")
+    return f"{scheme}://{'…' if at >= 0 else ''}{path}{question and '?…'}"
 
 
 def is_hidden(character: str) -> bool:
@@ -45,7 +64,11 @@ def has_hidden(text: str) -> bool:
 
 
 def quoted(text: str, most: int = 60, mark: str = '"') -> str:
-    """`text` between two `mark`s, cut to `most` characters. Hidden and unprintable characters are escaped."""
+    """`text` between two `mark`s, cut to `most` characters, and without the credentials of its URLs.
+
+    Hidden and unprintable characters are escaped.
+    """
+    text = without_credentials(text)
     shown = text if len(text) <= most else f"{text[: most - 1]}…"
     if shown.isprintable() and not has_hidden(shown):
         return f"{mark}{shown}{mark}"

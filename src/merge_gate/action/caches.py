@@ -26,6 +26,7 @@ _TOKEN_VARIABLES = ("HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH")
 """Variables besides HF_TOKEN from which huggingface_hub takes a token (utils/_auth.py, constants.py)."""
 _TOKEN_FILES = ("token", "stored_tokens")
 """Files of the directory HF_HOME from which it takes one."""
+_LEAST_TOKEN = 8
 _PUBLIC_HUB = "https://huggingface.co"
 MOST_BYTES = 10 * 1000**3
 """GitHub keeps 10 GB of caches for a repository, and removes the oldest ones above that."""
@@ -87,6 +88,12 @@ def hub_home(environ: Mapping[str, str]) -> Path | None:
     if written(environ, "hf-cache") != "true":
         return None
     return _temporary(environ) / f"merge-gate-hub{private_access(environ)}"
+
+
+def tokens(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The tokens of the Hub that no output may show. A shorter word may be part of any text."""
+    given = (written(environ, "hf-token").strip(), environ.get("HF_TOKEN", "").strip())
+    return tuple(token for token in given if len(token) >= _LEAST_TOKEN)
 
 
 def private_access(environ: Mapping[str, str]) -> str:

@@ -52,7 +52,7 @@ def main(environ: Mapping[str, str]) -> int:
 
 def comment_body(summary: str, marker: str, link: str) -> str:
     """The text of the comment. Foreign text in the summary mentions no user and refers to no issue."""
-    text = re.sub(r"@|(?<!&)#(?=\d)", rf"\g<0>{_INVISIBLE_SPACE}", summary)
+    text = re.sub(r"@|(?<!&)#(?=\d)|\bGH-(?=\d)", rf"\g<0>{_INVISIBLE_SPACE}", summary, flags=re.IGNORECASE)
     end = f"\n\n[The whole report]({link})\n" if link else "\n"
     return f"{marker}\n{text}"[: _LIMIT - len(end)].rstrip() + end
 

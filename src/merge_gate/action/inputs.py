@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.interrupts import TIMEOUT_S
+from merge_gate._internal.text import quoted, unusable
 from merge_gate.action import caches
 from merge_gate.action.docker.container import ContainerRun
 
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _MAX_RETENTION_DAYS = 400
+_MOST_CHARACTERS = 300
+"""So much of a value is repeated in a message."""
 DEFAULT_CONFIG = "merge-gate.yml"
 RESERVED_OPTIONS = (
     "--output", "--device", "--container", "--image", "--gpus", "--shard", "--cache", "--report", "--publish",
@@ -31,6 +34,12 @@ RESERVED_OPTIONS = (
 """Options of `merge-gate run` that the action sets itself, mostly from an input."""
 _OF_RUNS = ("dtype", "cache", "cache-dir", "publish", "shard")
 """Inputs that `verify` does not go with."""
+_PLACES = (
+    "config", "adapters", "base", "verify", "mounts", "hf-cache-dir", "cache-dir", "publish", "output",
+    "working-directory",
+)  # fmt: skip
+"""Inputs that are names, one on each line."""
+_CORRECT = "correct the inputs; docs/reference/action.md describes them"
 _SIZE = r"([1-9]\d*[bkmgBKMG]?)?"
 _LINE = r"[^\0\r\n]*"
 _SWITCH = ("true|false", "true or false")
@@ -105,6 +114,16 @@ def read_inputs(environ: Mapping[str, str]) -> ActionInputs:
     """Check all inputs and return them. Raises one `UsageError` with every problem."""
     names = (*(name for name, _, _ in RULES), "args")
     given = {name: caches.written(environ, name) or DEFAULTS.get(name, "") for name in names}
+    tokens = caches.tokens(environ)
+    if misplaced := [name for name, value in given.items() if any(token in value for token in tokens)]:
+        raise UsageError(
+            f"{', '.join(misplaced)}: got the token of the Hub, which must be in no other input",
+            hint="give it to `hf-token` alone; if it was in a log, replace it at the Hub",
+        )
+    if unusable_names := [
+        f"{name}: {problem}" for name in _PLACES for line in _lines(given[name]) if (problem := unusable(line))
+    ]:
+        raise UsageError("\n".join(unusable_names), hint=_CORRECT)
     problems = [problem for rule in RULES if (problem := _problem(given, *rule))]
     problems += _clashes(given)
     places = _Places(environ, given["working-directory"])
@@ -115,11 +134,11 @@ def read_inputs(environ: Mapping[str, str]) -> ActionInputs:
         problems += [problem for problem in absent if problem.partition(":")[0] not in wrong]
     output = places.place(given["output"]) if given["output"] else _new_output(environ)
     if output.exists() and not output.is_dir():
-        problems.append(f"output: got {given['output']!r}, expected a directory, but {output} is a file")
+        problems.append(f"output: got {_got(given['output'])}, expected a directory, but {_path(output)} is a file")
     arguments, args_problem = _arguments(given["args"])
     all_problems = [problem for problem in (*problems, args_problem, places.problem) if problem]
     if all_problems:
-        raise UsageError("\n".join(all_problems), hint="correct the inputs; docs/reference/action.md describes them")
+        raise UsageError("\n".join(all_problems), hint=_CORRECT)
     cache = _cache_directory(given, places, environ)
     publish = places.place(given["publish"]) if given["publish"] else None
     run = ContainerRun(
@@ -171,6 +190,15 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
+def _got(text: str) -> str:
+    """A value as a message repeats it."""
+    return quoted(text, _MOST_CHARACTERS, "'")
+
+
+def _path(path: Path) -> str:
+    return quoted(str(path), _MOST_CHARACTERS, "")
+
+
 def _problem(given: Mapping[str, str], name: str, pattern: str, expected: str) -> str:
     value = given[name]
     if re.fullmatch(pattern, value) and not (name == "retention-days" and int(value) > _MAX_RETENTION_DAYS):
@@ -180,23 +208,23 @@ def _problem(given: Mapping[str, str], name: str, pattern: str, expected: str) -
         more = f"; a directory goes into `{name}-dir`"
     if (name, value) == ("fail-on", "broken"):
         more = "; use `fail-on: failed` instead of `broken`"
-    return f"{name}: got {value!r}, expected {expected}{more}"
+    return f"{name}: got {_got(value)}, expected {expected}{more}"
 
 
 def _clashes(given: Mapping[str, str]) -> list[str]:
     """Inputs that contradict each other."""
     problems = [
-        f"{name}-dir: got {given[f'{name}-dir']!r}, expected nothing, because `{name}` is true: GitHub's cache has a "
-        "directory of its own; remove one of the two inputs"
+        f"{name}-dir: got {_got(given[f'{name}-dir'])}, expected nothing, because `{name}` is true: GitHub's cache "
+        "has a directory of its own; remove one of the two inputs"
         for name in ("hf-cache", "cache")
         if given[name] == "true" and given[f"{name}-dir"]
     ]
     by = "verify" if given["verify"] else "adapters" if given["adapters"] else ""
     if by and given["config"] != DEFAULT_CONFIG:
-        problems.append(f"config: got {given['config']!r}, expected nothing, because `{by}` is set")
+        problems.append(f"config: got {_got(given['config'])}, expected nothing, because `{by}` is set")
     if by == "verify":
         problems += [
-            f"{name}: got {given[name]!r}, expected nothing, because `verify` is set"
+            f"{name}: got {_got(given[name])}, expected nothing, because `verify` is set"
             for name in _OF_RUNS
             if given[name] not in {"", "false"}
         ]
@@ -204,7 +232,7 @@ def _clashes(given: Mapping[str, str]) -> list[str]:
             problems.append(f"adapters: got {len(_lines(given['adapters']))} lines, expected one with `verify`")
     if not by:
         problems += [
-            f"{name}: got {given[name]!r}, expected nothing without `adapters`: the configuration names it"
+            f"{name}: got {_got(given[name])}, expected nothing without `adapters`: the configuration names it"
             for name in ("base", "dtype")
             if given[name]
         ]
@@ -224,7 +252,7 @@ def _subject(
     if given["verify"]:
         model = places.place(given["verify"])
         if not model.is_dir():
-            problems.append(f"verify: got {given['verify']!r}, expected a directory, but {model} is not one")
+            problems.append(f"verify: got {_got(given['verify'])}, expected a directory, but {_path(model)} is not one")
         return model, adapters, base
     if listed:
         return None, adapters, base
@@ -233,7 +261,7 @@ def _subject(
         other = "; or set `config` or `adapters`" if given["config"] == DEFAULT_CONFIG else ""
         missing = f"does not exist (run actions/checkout before this step{other})"
         state = "is a directory" if config.is_dir() else missing
-        problems.append(f"config: got {given['config']!r}, expected a file, but {config} {state}")
+        problems.append(f"config: got {_got(given['config'])}, expected a file, but {_path(config)} {state}")
     return config, adapters, base
 
 
@@ -242,7 +270,7 @@ def _words(name: str, written: str, places: _Places, problems: list[str]) -> lis
     if re.search(r"[*?\[]", written):
         matches = places.matching(written)
         if not matches:
-            problems.append(f"{name}: got {written!r}, expected directories, but none matches the pattern")
+            problems.append(f"{name}: got {_got(written)}, expected directories, but none matches the pattern")
         return [places.relative(path) for path in matches]
     path = places.place(written)
     if path.is_dir():
@@ -250,7 +278,7 @@ def _words(name: str, written: str, places: _Places, problems: list[str]) -> lis
     if _HUB_ID.fullmatch(written) and not path.exists():
         return [written]
     state = "is a file" if path.exists() else "does not exist (run actions/checkout before this step)"
-    problems.append(f"{name}: got {written!r}, expected a directory or a Hub id, but {path} {state}")
+    problems.append(f"{name}: got {_got(written)}, expected a directory or a Hub id, but {_path(path)} {state}")
     return []
 
 
@@ -275,7 +303,8 @@ class _Places:
             self._start = self.place(working_directory)
             if not self._start.is_dir():
                 self.problem = (
-                    f"working-directory: got {working_directory!r}, expected a directory, but {self._start} is not one"
+                    f"working-directory: got {_got(working_directory)}, expected a directory, but {_path(self._start)} "
+                    "is not one"
                 )
 
     def place(self, written: str) -> Path:
@@ -306,7 +335,7 @@ def _arguments(text: str) -> tuple[tuple[str, ...], str]:
     try:
         split = tuple(shlex.split(text))
     except ValueError as error:
-        return (), f"args: got {text!r}, expected words as for a shell ({error})"
+        return (), f"args: got {_got(text)}, expected words as for a shell ({error})"
     for word in split:
         name = "--output" if re.match("-[qv]*o", word) else word.partition("=")[0]
         reserved = next(
@@ -315,7 +344,7 @@ def _arguments(text: str) -> tuple[tuple[str, ...], str]:
         if reserved:
             return (
                 (),
-                f"args: got {word!r}, but the action sets {reserved} itself: remove it, or use the action's inputs",
+                f"args: got {_got(word)}, but the action sets {reserved} itself: remove it, or use the action's inputs",
             )
     return split, ""
 

@@ -22,6 +22,7 @@ from merge_gate._internal.errors import ExitCode, GateError, LauncherError, Usag
 from merge_gate._internal.interrupts import STOP_GRACE_S, Interrupted, interruptible
 from merge_gate._internal.output_files import PUBLISH_WITHIN
 from merge_gate._internal.regular_file import read_regular_file
+from merge_gate._internal.text import quoted
 from merge_gate.action import caches, outcome, workflow
 from merge_gate.action.docker import collect
 from merge_gate.action.docker.container import ContainerRun, config_word, gate_words
@@ -57,14 +58,22 @@ def main(environ: Mapping[str, str]) -> int:
     except GateError as error:
         result = StepOutcome("error", problem=outcome.in_words(error))
     except OSError as error:
-        result = StepOutcome(
-            "error", problem=f"the runner refused {error.filename or 'a temporary directory'}: {error.strerror}"
-        )
+        name = quoted(str(error.filename or "a temporary directory"), 300, "")
+        result = StepOutcome("error", problem=f"the runner refused {name}: {error.strerror}")
     except Exception as error:  # noqa: BLE001 - a crash of the tool must end as `error`, and its outputs be written
         result = StepOutcome(
             "error", problem=f"unexpected {type(error).__name__}: {error}; this is a bug of merge-gate"
         )
+    if result.problem:
+        result = replace(result, problem=_masked(result.problem, environ))
     return _publish(inputs, result, messages, environ)
+
+
+def _masked(text: str, environ: Mapping[str, str]) -> str:
+    """A text without the token, which may be given by mistake as another input, or be part of a library's message."""
+    for token in caches.tokens(environ):
+        text = text.replace(token, "***")
+    return text
 
 
 def _check_system(name: str) -> None:
@@ -269,9 +278,11 @@ def _publish(inputs: ActionInputs | None, result: StepOutcome, messages: _Messag
             **_next_steps(inputs, result, event),
             **caches.key_outputs(environ),
         }
+        outputs = {name: _masked(value, environ) for name, value in outputs.items()}
         workflow.write_outputs(environ.get("GITHUB_OUTPUT", ""), outputs)
         note = f"> {without_token}\n\n" if without_token else ""
-        workflow.write_summary(environ.get("GITHUB_STEP_SUMMARY", ""), _with_problem(summary, result) + note)
+        text = _masked(_with_problem(summary, result) + note, environ)
+        workflow.write_summary(environ.get("GITHUB_STEP_SUMMARY", ""), text)
     except OSError as error:
         _say(workflow.command("error", f"cannot write {error.filename}: {error.strerror}", title="merge-gate"))
         return 1

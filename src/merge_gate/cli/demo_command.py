@@ -38,7 +38,6 @@ def add(commands: Commands[CommandParser]) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.config.load_config import load_config
     from merge_gate.demo import make_demo, misjudged
-    from merge_gate.report.formats.terminal_text import page_to_open
 
     output = str(Path(arguments.directory, DEFAULT_OUTPUT))
     config = load_config(make_demo(arguments.directory))
@@ -55,5 +54,4 @@ def run(arguments: argparse.Namespace) -> int:
     tell("\n".join(["", *wrapped(closing, width_of(sys.stdout))]))
     tell(f"Change its files and run it again: merge-gate run {shlex.quote(config.label)}")
     tell("Now yours: merge-gate run ./my-adapter --base ./my-base")
-    tell(page_to_open(output))
     return ExitCode.PASS

@@ -21,6 +21,9 @@ from merge_gate.cli.parser import command_of, parsed
 from merge_gate.records.features import declared
 from merge_gate.run.streams import flush_streams, mend_streams, say
 
+_OF_NO_PLACE = ("explain", "schema")
+"""Commands that use no files of the user."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; no exception leaves here but argparse's SystemExit."""
@@ -46,6 +49,8 @@ def _parsed(argv: Sequence[str]) -> argparse.Namespace:
 
 def _obey(arguments: argparse.Namespace) -> int:
     try:
+        if arguments.command not in _OF_NO_PLACE:
+            _refuse_deleted_directory()
         return int(command_of(arguments.command)[1](arguments))
     except ConfigError as error:
         for problem in error.problems:
@@ -64,6 +69,15 @@ def _obey(arguments: argparse.Namespace) -> int:
         return _stopped(stop, arguments)
     except Exception as error:
         return _crashed(error, verbose=getattr(arguments, "verbose", False))
+
+
+def _refuse_deleted_directory() -> None:
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        from merge_gate.config.from_arguments import current_directory_gone
+
+        raise current_directory_gone() from None
 
 
 def _crashed(error: Exception, *, verbose: bool) -> int:

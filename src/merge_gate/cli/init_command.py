@@ -29,6 +29,7 @@ def add(commands: Commands[CommandParser]) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from merge_gate.config.init_file import first_config
+    from merge_gate.files.fitting_bases import fits
     from merge_gate.files.preflight import base_of
     from merge_gate.files.resolve import base_weight_files, digest_directory
     from merge_gate.report.stored.output_directory import explained
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         with explained(f"cannot read the base {base}", "check that it is complete"):
             return digest_directory(base, base_weight_files(base))
 
-    text = first_config(arguments.directories, base_of, digest_of if arguments.pin else None)
+    text = first_config(arguments.directories, base_of, digest_of if arguments.pin else None, fits)
     path = Path("merge-gate.yml")
     with explained(f"cannot write {path}", chosen_by=""):
         try:

@@ -66,14 +66,22 @@ def explain(arguments: argparse.Namespace) -> int:
 def _checks(width: int) -> str:
     from rich.text import Text
 
+    from merge_gate.judging.checks.check import Stage
     from merge_gate.judging.checks.table import CHECKS
     from merge_gate.judging.kinds import ANSWERS, WITHOUT_SETTING
     from merge_gate.report.wording.layout import labeled, laid_out
 
     tables = {
-        "Checks:": [(name, row.summary) for name, row in CHECKS.items()],
+        f"{title}:": [(name, row.summary) for name, row in CHECKS.items() if row.shown_by is stage]
+        for stage, title in (
+            (Stage.FILES, "Checks of the adapter's files"),
+            (Stage.BASE, "Checks of the base"),
+            (Stage.MERGE, "Checks of the merge"),
+            (Stage.FORWARD, "Checks of the running model"),
+        )
+    } | {
         "Findings without a setting:": [(name, row.summary) for name, row in WITHOUT_SETTING.items()],
-        "Answers of `merge-gate verify`:": [(name, row.summary) for name, row in ANSWERS.items()],
+        "Results of `merge-gate verify`:": [(name, row.summary) for name, row in ANSWERS.items()],
     }
     label_width = max(len(name) for rows in tables.values() for name, _ in rows) + 2
     parts: list[RenderableType] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from merge_gate._internal.text import one_of
+from merge_gate._internal.text import WIDEST_TABLE, one_of
 from merge_gate.cli.arguments import DEFAULT_OUTPUT, FORMATS, CommandParser, Commands, examples
 from merge_gate.cli.output import print_document
 from merge_gate.run.streams import width_of
@@ -77,7 +77,7 @@ def add_baseline(commands: Commands[CommandParser]) -> None:
 def show(arguments: argparse.Namespace) -> int:
     from merge_gate.report.stored.stored_report import shown
 
-    return print_document(shown(arguments.report, arguments.format, width=width_of(sys.stdout)))
+    return print_document(shown(arguments.report, arguments.format, width=width_of(sys.stdout, WIDEST_TABLE)))
 
 
 def diff(arguments: argparse.Namespace) -> int:

@@ -119,7 +119,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     if arguments.container:
         raise UsageError("--plan is for a run that is not in a container", hint="omit --container: nothing is loaded")
     config, options = _config(arguments), _options(arguments)
-    return print_document(plan_run(config, options, lambda line: say(f"  {line}"), width=width_of(sys.stdout)))
+    return print_document(*plan_run(config, options, lambda line: say(f"  {line}"), width=width_of(sys.stdout)))
 
 
 def _run_in_container(arguments: argparse.Namespace) -> int:

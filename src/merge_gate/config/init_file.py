@@ -22,6 +22,9 @@ from merge_gate.records.files import CONFIG_NAME
 MAX_DEPTH = 4
 """How far below a directory `first_config` looks for adapters."""
 
+_MOST_DIRECTORIES = 2_000
+"""So many directories are searched for bases that fit."""
+
 _CHECKPOINT = re.compile(r"(?:checkpoint|step|epoch|iter|global_step)[-_]?(\d{1,18})", re.ASCII)
 _MODEL_WEIGHTS = re.compile(r".*\.(?:safetensors|bin)(?:\.index\.json)?", re.ASCII)
 _UNQUOTED = re.compile(r"[A-Za-z0-9_.][A-Za-z0-9_.-]*/[A-Za-z0-9_./@+=-]*[A-Za-z0-9_-]|/[A-Za-z0-9_./@+=-]+", re.ASCII)
@@ -32,6 +35,7 @@ def first_config(
     directories: Sequence[str],
     base_of: Callable[[str], str | None],
     digest_of: Callable[[str], str] | None = None,
+    fits: Callable[[str, str], bool] = lambda _adapter, _base: False,
 ) -> str:
     """Return a commented configuration of the adapters in and below these directories.
 
@@ -39,6 +43,7 @@ def first_config(
         directories: the directories to search.
         base_of: returns the base that the adapter in a directory names, or None.
         digest_of: returns the digest of the base in a directory, to pin it; None pins nothing.
+        fits: whether the adapter in a directory may belong to the base in another, by their headers.
 
     Raises:
         UsageError: a directory does not exist, or no adapter was found.
@@ -51,10 +56,11 @@ def first_config(
         raise UsageError(f"no {CONFIG_NAME} found {places}{closed}", hint=hint)
     listed, earlier = _without_checkpoints(adapters)
     bases = {place: _locate_base(name, place, models) for place in listed if (name := base_of(place))}
+    bases, offers = _with_fitting(bases, models, fits)
     common = set(bases.values())
     here = [path for _, path in common if path is not None and os.path.isdir(path)]  # noqa: PTH112 (as above)
     digests = {path: digest_of(path) for path in here} if digest_of is not None else {}
-    lines = [*_head(bases, digests), *_entries(listed, bases if len(common) > 1 else {}, digests)]
+    lines = [*_head(bases, digests, offers), *_entries(listed, bases if len(common) > 1 else {}, digests, offers)]
     return "\n".join([*lines, *_not_listed(earlier, unreadable), *_foot()]) + "\n"
 
 
@@ -132,10 +138,43 @@ def _locate_base(name: str, adapter: str, models: set[str]) -> _Base:
     return name, same_name[0] if len(same_name) == 1 else None
 
 
+def _with_fitting(
+    bases: Mapping[str, _Base], models: set[str], fits: Callable[[str, str], bool]
+) -> tuple[dict[str, _Base], dict[str, list[str]]]:
+    """The bases, with the only directory that fits in the place of one that was not found, and all that fit.
+
+    All adapters that name one base must fit. The current directory is searched, too.
+    """
+    missing: defaultdict[str, list[str]] = defaultdict(list)
+    for place, (name, path) in bases.items():
+        if path is None:
+            missing[name].append(place)
+    places = sorted(models | _models_near()) if missing else []
+    offers = {
+        name: [model for model in places if all(fits(adapter, model) for adapter in adapters)]
+        for name, adapters in missing.items()
+    }
+    only = {name: fitting[0] for name, fitting in offers.items() if len(fitting) == 1}
+    return {place: (name, path or only.get(name)) for place, (name, path) in bases.items()}, offers
+
+
+def _models_near() -> set[str]:
+    """The models in and below the current directory, as far as it is small."""
+    models: set[str] = set()
+    for visited, (place, inner, files) in enumerate(os.walk(".")):
+        if visited == _MOST_DIRECTORIES:
+            break
+        deep = len(Path(place).parts) >= MAX_DEPTH
+        inner[:] = [] if deep else sorted(name for name in inner if not name.startswith("."))
+        if "config.json" in files and any(map(_MODEL_WEIGHTS.fullmatch, files)):
+            models.add(_path_for_config(place))
+    return models
+
+
 # --- writing -------------------------------------------------------------------------------------------------------
 
 
-def _head(bases: Mapping[str, _Base], digests: Mapping[str, str]) -> list[str]:
+def _head(bases: Mapping[str, _Base], digests: Mapping[str, str], offers: Mapping[str, list[str]]) -> list[str]:
     lines = ["# What to merge and check before a release. Try it: merge-gate run merge-gate.yml", "version: 1", ""]
     common = set(bases.values())
     if not common:
@@ -151,7 +190,7 @@ def _head(bases: Mapping[str, _Base], digests: Mapping[str, str]) -> list[str]:
     comment = "as the adapters name it; a directory or a Hub id"
     if path != named:
         comment = f"the adapters name {quoted(named, 200)}, which does not exist here"
-        comment += "" if path else ": write the path of the base"
+        comment += _to_do(path, offers.get(named, []))
     pin = [f"  sha256: {digest}   # of its weight files"] if (digest := digests.get(path or "")) else []
     return [*lines, "base:", f"  model: {_scalar(path or named)}   # {comment}", *pin, *_dtype("")]
 
@@ -164,7 +203,16 @@ def _dtype(comment: str) -> list[str]:
     return [f"{comment}  # {_DTYPES}   # {_SERVED}", ""]
 
 
-def _entries(places: Sequence[str], bases: Mapping[str, _Base], digests: Mapping[str, str]) -> Iterator[str]:
+def _to_do(path: str | None, fitting: Sequence[str]) -> str:
+    """What to do about a base that does not exist here. `path` is in its place."""
+    if path is not None:
+        return "; this one fits by its shapes: check that it is the base" if path in fitting else ""
+    return ": write the path of the base" + (f", such as {listing(map(_scalar, fitting))}" if fitting else "")
+
+
+def _entries(
+    places: Sequence[str], bases: Mapping[str, _Base], digests: Mapping[str, str], offers: Mapping[str, list[str]]
+) -> Iterator[str]:
     """A line for each adapter. `bases` has the bases that entries name themselves."""
     own_names = distinguishing_names(places)
     yield "adapters:"
@@ -172,12 +220,17 @@ def _entries(places: Sequence[str], bases: Mapping[str, _Base], digests: Mapping
         name = own_names.get(place) or _checkpoint_name(place)
         named, path = bases.get(place, ("", None))
         digest = digests.get(path or "")
-        keys = {"name": name, "path": place, "base": path if digest or path != named else None}
+        is_missing = bool(named) and path is None
+        keys = {"name": name, "path": place, "base": named if is_missing else path if digest or path != named else None}
         given = {key: _scalar(value) for key, value in keys.items() if value}
         if digest:
             given["base"] = f"{{model: {given['base']}, sha256: {digest}}}"
         entry = "{" + ", ".join(f"{key}: {value}" for key, value in given.items()) + "}"
-        comment = f"   # its base {quoted(named, 200)} does not exist here" if named and path is None else ""
+        fitting = offers.get(named, [])
+        to_do = _to_do(path, fitting)
+        comment = (
+            f"   # its base {quoted(named, 200)} does not exist here{to_do}" if is_missing or path in fitting else ""
+        )
         yield f"  - {entry if len(given) > 1 else given['path']}{comment}"
 
 

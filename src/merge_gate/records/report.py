@@ -144,6 +144,13 @@ class AdapterReport:
         "The acceptance of the failure, if the baseline has one; the verdict stays `failed`.", default=None
     )
 
+    def __repr__(self) -> str:
+        cause = f", cause={self.cause!r}" if self.cause else ""
+        return (
+            f"AdapterReport(name={self.name!r}, base={self.base.model!r}, dtype={self.base.dtype!r}, "
+            f"verdict={self.verdict.value!r}{cause})"
+        )
+
 
 @record
 class BaseReport:
@@ -337,6 +344,11 @@ class Report:
         for name, value in derived.items():
             object.__setattr__(self, name, value)
         object.__setattr__(self, "result", self._result())
+
+    def __repr__(self) -> str:
+        """One line for each adapter: a report has thousands of fields."""
+        adapters = "".join(f"\n  {adapter!r}," for adapter in self.adapters)
+        return f"Report(result={self.result.value!r}, adapters=({adapters}{adapters and chr(10)}))"
 
     def _result(self) -> Result:
         """A failure that no one accepts outranks an adapter that was not judged.

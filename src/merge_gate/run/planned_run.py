@@ -5,16 +5,19 @@ In: a configuration, and the options of a run. Out: text about the run, which fl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from merge_gate._internal.errors import ExitCode
 from merge_gate._internal.output_files import OUTPUT_FILES
 from merge_gate._internal.text import WIDEST, counted, listing, shown_bytes
+from merge_gate.files.headers import DTYPE_BITS
 from merge_gate.records.features import part
 from merge_gate.records.files import BaseFiles
-from merge_gate.records.terms import Quantization, Read
+from merge_gate.records.terms import Quantization, Read, Result, Verdict
 from merge_gate.report.wording import words
 from merge_gate.report.wording.layout import labeled, laid_out
 from merge_gate.report.wording.untrusted import one_line
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from merge_gate.records.config import Config
     from merge_gate.records.files import AdapterFiles, Fetched
     from merge_gate.records.options import RunOptions
+    from merge_gate.records.report import AdapterReport
     from merge_gate.run.flow import Run
     from merge_gate.worker.protocol import Group
 
@@ -36,6 +40,18 @@ _NAME_CHARACTERS = 120
 _MOST_NAMES = 8
 _LABEL_WIDTH = len("  publish   ")
 _WHOLE_OR_TOUCHED = "whole, or what adapters touch if --cache has its record"
+
+
+_WITHOUT_A_MERGE: Mapping[str, Callable[[AdapterReport], bool]] = {
+    "a stored verdict is reused": lambda report: report.cached,
+    "the files alone decide the verdict": lambda report: not report.cached and report.verdict is not Verdict.ERROR,
+    "they cannot be judged": lambda report: not report.cached and report.verdict is Verdict.ERROR,
+}
+
+_START_S, _READ_S_A_GB, _LORA_S_A_GB, _OTHER_S_A_GB = 4.0, 1.0, 0.4, 2.0
+"""Seconds on two CPU cores, rounded from docs/evidence/performance.md; the last two for a merge and a GB of base."""
+_TORCH_BYTES, _LAYERS = 400_000_000, 2.5
+"""Memory of torch and PEFT, and how many times the largest tensor of the base is in memory."""
 
 
 class _Notes(View):
@@ -48,13 +64,20 @@ class _Notes(View):
         self._notify(message)
 
 
-def plan_run(config: Config, options: RunOptions, notify: Callable[[str], None], *, width: int = WIDEST) -> str:
-    """The plan of a run, as lines of text of at most `width` columns.
+def plan_run(
+    config: Config, options: RunOptions, notify: Callable[[str], None], *, width: int = WIDEST
+) -> tuple[str, ExitCode]:
+    """The plan of a run, as lines of text of at most `width` columns, and what is known of the run's exit code.
 
     Raises:
         UsageError: what `run_gate` refuses.
     """
-    return laid_out(_parts(planned_run(config, options, _Notes(notify)), config), width)
+    run = planned_run(config, options, _Notes(notify))
+    report = run.tally.report()
+    code = ExitCode.FAIL if report.result is Result.FAIL else ExitCode.PASS
+    if code is ExitCode.PASS and any(adapter.verdict is Verdict.ERROR for adapter in report.adapters):
+        code = ExitCode.ERROR
+    return laid_out(_parts(run, config), width), code
 
 
 def _parts(run: Run, config: Config) -> Iterator[RenderableType]:
@@ -68,10 +91,18 @@ def _parts(run: Run, config: Config) -> Iterator[RenderableType]:
         yield from base.lines()
     yield Text("\nin all")
     yield from _lines_of_bytes(run, bases)
+    if bases:
+        seconds = _START_S + sum(base.seconds for base in bases)
+        peak = shown_bytes(max(base.peak_bytes for base in bases))
+        yield _row(
+            "estimate",
+            f"{_rounded(seconds)}, and {peak} of memory: from runs on two CPU cores with files in memory; downloads, "
+            "slow disks, and `forward` come on top",
+        )
     yield from _lines_of_output(run)
     decided = run.tally.report().adapters
-    for is_cached, reason in ((True, "a stored verdict is reused"), (False, "the files alone decide the verdict")):
-        reports = [report for report in decided if report.cached is is_cached]
+    for reason, fits in _WITHOUT_A_MERGE.items():
+        reports = [report for report in decided if fits(report)]
         if reports:
             yield Text()
             yield Text(f"{counted(len(reports), 'entry', 'entries')} without a merge, because {reason}:")
@@ -79,6 +110,10 @@ def _parts(run: Run, config: Config) -> Iterator[RenderableType]:
             cause = f", {report.cause}" if report.cause else ""
             line = f"{_shown(report.name)} ({_shown(report.base.dtype)}): {words.title(report)}{cause}"
             yield labeled([("  ", line)])
+            if report.verdict is not Verdict.PASSED and report.decided_by is not None:
+                finding = report.findings[report.decided_by]
+                lines = (("wrong", finding.message), ("to do", finding.hint))
+                yield from (labeled([(f"    {label}", one_line(text))], _LABEL_WIDTH) for label, text in lines if text)
 
 
 class _Base:
@@ -95,6 +130,23 @@ class _Base:
         passes = part("stream", "batches").batches(tasks) if self._is_fed else [None]
         self.passes = sum(1 for _ in passes)
         self.read_bytes = self._files.weight_bytes * self.passes
+
+    @property
+    def seconds(self) -> float:
+        """About how long reading and merging take, after the start."""
+        is_plain = self._base.quantization is Quantization.NONE and self._files.quantization is None
+        of_merges = sum(
+            _LORA_S_A_GB if is_plain and {file.config.peft_type for file in task.files} == {"LORA"} else _OTHER_S_A_GB
+            for task in self._tasks
+        )
+        return (_READ_S_A_GB * self.read_bytes + of_merges * self._files.weight_bytes) / 1e9
+
+    @property
+    def peak_bytes(self) -> int:
+        """About the most memory, without the base's mapped files."""
+        bits = (math.prod(tensor.shape) * DTYPE_BITS[tensor.dtype] for tensor in self._files.tensors)
+        largest = max(bits, default=0) // 8
+        return _TORCH_BYTES + int(_LAYERS * largest) + sum(self._needed())
 
     def lines(self) -> Iterator[RenderableType]:
         base, fetch = self._base, self._files.on_hub
@@ -126,15 +178,16 @@ class _Base:
         why = "it is streamed" if self._files.is_streamed else why
         return f"{what}, in {counted(self.passes, 'pass', 'passes')} over its files, because {why}"
 
-    def _memory(self) -> str:
+    def _needed(self) -> tuple[int, int]:
+        """The bytes of memory for the window of the base and for the adapters."""
         # What an adapter takes once it is loaded. If it was not fetched, only the sizes of its files are known.
         sizes = [factor_bytes(task, in_pass=self._is_fed) + sum(map(_left_on_hub, task.files)) for task in self._tasks]
-        factors, for_what = max(sizes), "an adapter"
-        of_base = ""
-        if self._is_fed:
-            factors, for_what = sum(sizes), "the adapters of a pass"
-            window_bytes = part("stream", "feed_service").window_bytes()
-            of_base = f"{shown_bytes(window_bytes)} for the base's bytes and "
+        return (part("stream", "feed_service").window_bytes(), sum(sizes)) if self._is_fed else (0, max(sizes))
+
+    def _memory(self) -> str:
+        window_bytes, factors = self._needed()
+        for_what = "the adapters of a pass" if self._is_fed else "an adapter"
+        of_base = f"{shown_bytes(window_bytes)} for the base's bytes and " if self._is_fed else ""
         free = f"; {shown_bytes(self._free_bytes)} are free" if self._free_bytes is not None else ""
         return f"{of_base}{shown_bytes(factors)} for {for_what}, plus torch and the largest layer{free}"
 
@@ -187,6 +240,10 @@ def _access_of(fetch: Fetched) -> str:
 
 def _row(label: str, text: str) -> Table:
     return labeled([(f"  {label}", text)], _LABEL_WIDTH)
+
+
+def _rounded(seconds: float) -> str:
+    return f"about {seconds:,.0f} s" if seconds < 2 * 60 else f"about {seconds / 60:,.0f} minutes"
 
 
 def _shown(text: str) -> str:

@@ -83,6 +83,9 @@ class RichView(TextView):
         super().adapter_done(adapter)
         self._count()
 
+    def _leaves_line(self, adapter: AdapterReport) -> bool:
+        return adapter.verdict is not Verdict.PASSED  # the bar counts the others
+
     def finish(self, report: Report, output_dir: str) -> None:
         self.close()
         super().finish(report, output_dir)

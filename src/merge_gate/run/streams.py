@@ -66,9 +66,9 @@ def encodable(message: str, stream: IO[str]) -> str:
     return message.encode(encoding, "replace").decode(encoding)
 
 
-def width_of(stream: IO[str]) -> int:
-    """The columns of text for people: those of a terminal, and no more than are good to read."""
-    return min(shutil.get_terminal_size((WIDEST, 0)).columns, WIDEST) if stream.isatty() else WIDEST
+def width_of(stream: IO[str], most: int = WIDEST) -> int:
+    """The columns of text for people: those of a terminal, and no more than are good to read. A log has `WIDEST`."""
+    return min(shutil.get_terminal_size((WIDEST, 0)).columns, most) if stream.isatty() else WIDEST
 
 
 def is_ascii(stream: IO[str]) -> bool:

@@ -11,6 +11,7 @@ import time
 from abc import abstractmethod
 from typing import TYPE_CHECKING, TextIO
 
+from merge_gate._internal.text import WIDEST_TABLE
 from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.terms import Verdict
@@ -108,8 +109,12 @@ class TextView(View):
         """Count it, and show it. One whose files were refused ends without a start."""
         self._done += 1
         self._index, self.total = self._done, max(self.total, self._done)
-        line = f"{self._label} {name_of(adapter.name)} ({words.precision(adapter.base)}): {_outcome(adapter)}"
-        self._say(line, words.STYLES[adapter.verdict])
+        if self._leaves_line(adapter):
+            line = f"{self._label} {name_of(adapter.name)} ({words.precision(adapter.base)}): {_outcome(adapter)}"
+            self._say(line, words.STYLES[adapter.verdict])
+
+    def _leaves_line(self, adapter: AdapterReport) -> bool:  # noqa: ARG002 - a log has a line for each
+        return True
 
     def note(self, message: str) -> None:
         for line in safe_text(message).split("\n"):
@@ -119,8 +124,15 @@ class TextView(View):
         from merge_gate.report.formats.terminal_text import render  # noqa: PLC0415 - only the table needs rich
 
         stream = self._stdout
-        width, ascii_only = width_of(stream), is_ascii(stream)
-        write(stream, render(report, output_dir, width=width, color=self._colors_result, ascii_only=ascii_only))
+        text = render(
+            report,
+            output_dir,
+            width=width_of(stream),
+            table_width=width_of(stream, WIDEST_TABLE),
+            color=self._colors_result,
+            ascii_only=is_ascii(stream),
+        )
+        write(stream, text)
 
 
 class PlainView(TextView):

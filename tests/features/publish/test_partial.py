@@ -7,7 +7,9 @@ import os
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from merge_gate.records.files import FileIdentity
 from tests.support import published
 from tests.support.played_merges import lay
 from tests.support.publish_kills import KilledRuns, killed, killed_before_a_look, lay_real
+from tests.support.wording import Wording
 
 
 def filled(parent: Path, name: str = "one") -> PartialDirectory:
@@ -301,6 +304,83 @@ def test_an_error_while_it_is_made_leaves_nothing(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     remove_leftovers(tmp_path)
     assert names(tmp_path) == set()
+
+
+def test_a_second_removal_leaves_what_another_run_writes(tmp_path: Path) -> None:
+    first = filled(tmp_path)
+    first.publish(replaces=None)
+    (tmp_path / "one").rename(tmp_path / "old")
+    second = filled(tmp_path)
+    first.remove()
+    assert names(second.model) == {"model.safetensors"}
+    second.publish(replaces=None)
+    assert names(tmp_path) == {"old", "one"}
+
+
+def test_the_directory_of_another_run_is_not_removed(tmp_path: Path) -> None:
+    """A user moves the partial directory away, and a second run makes a new one."""
+    first = filled(tmp_path)
+    (tmp_path / ".one.partial").rename(tmp_path / "moved")
+    second = filled(tmp_path)
+    first.remove()
+    assert names(second.model) == {"model.safetensors"}
+    second.remove()
+    assert names(tmp_path) == {"moved"}
+
+
+def test_what_cannot_be_removed_keeps_its_marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    partial = filled(tmp_path)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    partial.remove()
+    with pytest.raises(FileExistsError):
+        PartialDirectory(tmp_path / "one")
+    assert names(tmp_path / ".one.partial") == {"model", "written-by-merge-gate"}
+    monkeypatch.undo()
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == set()
+
+
+def test_without_its_marker_nothing_is_removed(tmp_path: Path, wording: Wording) -> None:
+    model = filled(tmp_path).model
+    (tmp_path / ".one.partial" / "written-by-merge-gate").unlink()
+    remove_leftovers(tmp_path)
+    with pytest.raises(NotPublishedError) as caught:
+        PartialDirectory(tmp_path / "one")
+    wording(str(caught.value))
+    assert names(model) == {"model.safetensors"}
+
+
+def test_the_parent_that_another_run_removed_is_made_again(tmp_path: Path) -> None:
+    filled(tmp_path / "merged").publish(replaces=None)
+    assert names(tmp_path / "merged") == {"one"}
+
+
+@pytest.mark.parametrize("publishers", [2, 3])
+def test_publishers_of_one_name_lose_nothing(tmp_path: Path, publishers: int) -> None:
+    """Each waits for the lock, and removes its directory twice, as a run does, while the next one writes."""
+    one = tmp_path / "one"
+
+    def locked() -> PartialDirectory:
+        while True:
+            with contextlib.suppress(NotPublishedError):
+                return PartialDirectory(one)
+            time.sleep(0.0005)
+
+    def publish_once(number: int) -> None:
+        partial = locked()
+        for part in range(3):
+            (partial.model / f"{part}").write_bytes(bytes([number]))
+            time.sleep(0.001)
+        partial.publish(replaces=directory_identity(one) if one.is_dir() else None)
+        time.sleep(0.001)
+        partial.remove()
+
+    with ThreadPoolExecutor(publishers) as pool:
+        for _ in range(50):
+            assert list(pool.map(publish_once, range(publishers))) == [None] * publishers
+            assert names(tmp_path) == {"one"}
+            assert names(one) == {"0", "1", "2"}
+            assert len({path.read_bytes() for path in one.iterdir()}) == 1
 
 
 def test_a_file_in_the_place_of_the_model_is_removed(tmp_path: Path) -> None:

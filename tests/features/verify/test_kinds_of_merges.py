@@ -4,7 +4,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Severity, Verdict
@@ -148,3 +150,18 @@ def test_a_lost_tower_is_named(source: str, part: str, verifier: Verifier, qwen:
     assert len(kept) < len(tensors)
     write_weights(tmp_path / "lost", kept)
     assert errors(reported_of(verifier, qwen, tmp_path / "lost", "renamed")) == ["not-carried"]
+
+
+@pytest.mark.parametrize("dtype", [torch.int16, torch.uint16])
+def test_a_model_of_integers_is_not_called_the_base(dtype: torch.dtype, verifier: Verifier, tmp_path: Path) -> None:
+    shutil.copytree(EXPORTS / "mlx", tmp_path / "m")
+    (weights,) = (tmp_path / "m").glob("*.safetensors")
+    tensors = load_file(weights)
+    name = next(name for name in tensors if name.endswith("q_proj.weight"))
+    save_file(tensors | {name: tensors[name].to(torch.int32).to(dtype)}, weights)
+    report = verifier.report(tmp_path / "m", EXPORTS / "base", EXPORTS / "adapter")
+    first = report.findings[0]
+    assert (report.verdict, report.cause, first.tensor) == (Verdict.FAILED, "broken-files", name), told(report)
+    assert first.message.startswith(f"the model cannot be loaded as it is stored: its weight '{name}'")
+    assert "base" not in first.message
+    assert first.hint.startswith("save the weight in its real dtype")

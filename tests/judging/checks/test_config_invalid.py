@@ -7,13 +7,15 @@ from merge_gate.judging.all_checks import refused
 from merge_gate.judging.not_judged import NOT_JUDGED
 from merge_gate.records.files import Pattern
 from merge_gate.records.refusals import Refusal
-from tests.support.faults import Case, cast_one
+from tests.support.faults import Case, cast_one, complex_factors
 from tests.support.judging.cases import found_in_files, reason, refusing
 from tests.support.judging.every_check import EveryCheck
 
 EXPRESSION = Pattern(place="target_modules", text="(a+)+b", expression="(a+)+b")
 TENSOR = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
 NOT_FLOATING = reason("dtype_clash", name=TENSOR, got="int32", expected="float32")
+
+COMPLEX = reason("imaginary_parts", name=TENSOR, dtype="complex64", count=1_234)
 
 
 def misspelled(*settings: str) -> Refusal:
@@ -38,8 +40,11 @@ class TestConfigInvalid(EveryCheck):
         misspelled("alfa=1"),
         misspelled("alfa=1", "odd=1"),
         NOT_FLOATING,
+        COMPLEX,
+        reason("imaginary_parts", name=TENSOR, dtype="complex64", count=1),
     )
     FAULTS = (
+        Case("imaginary-factors", break_=complex_factors(1.0), cause="config-invalid", warnings=("keys-unexpected",)),
         Case("integer-factor", break_=cast_one("lora_A", torch.int32), cause="config-invalid", tensor="v_proj.lora_A"),
         Case("boolean-factor", "dora", cast_one("lora_B", torch.bool), cause="config-invalid", tensor="v_proj.lora_B"),
         Case(

@@ -11,5 +11,6 @@ class TestFileCorrupt(EveryCheck):
         reason("tensor_unreadable", name="odd", dtype="float4_e2m1fn_x2"),
         reason("tensor_unreadable", text="unknown dtype"),
         reason("pickle_unreadable", error="RuntimeError"),
+        reason("pickle_unreadable", error='they hold a dict as "state_dict" in place of tensors by name'),
         reason("pickle_unreadable", error="UnpicklingError", names="torch.hub.load"),
     )

@@ -19,6 +19,7 @@ import torch
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError, safe_open
 
+from merge_gate._internal.text import quoted
 from merge_gate.engine.adapter.known_defects import refuse_by_config
 from merge_gate.engine.base.loaded_base import Base, caught, first_line
 from merge_gate.engine.base.tensor_map import DTYPES
@@ -30,10 +31,11 @@ _USUAL = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.com
 
 
 def read_weights(files: AdapterFiles) -> dict[str, torch.Tensor]:
-    """Read every tensor of the file. Other contents of a pickle are ignored.
+    """Read every tensor of the file. Other values in a pickle are ignored, as PEFT ignores them.
 
     Raises:
-        Refused: the restricted unpickler refuses the file, or torch has no numbers of a tensor.
+        Refused: the restricted unpickler refuses the file, it has no tensors by name, or PEFT would not load all of a
+            tensor.
     """
     if files.weights is None:
         return {}
@@ -56,16 +58,15 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
 def pickled_headers(path: Path) -> tuple[StoredTensor, ...]:
     """The tensors of a pickled file, in its order. Their values stay on the disk, if torch can map the file.
 
-    Empty if safetensors has no name for the dtype of a tensor.
-
     Raises:
-        Refused: the restricted unpickler refuses the file, or it has no tensors by name.
+        Refused: the restricted unpickler refuses the file, it has no tensors by name, or safetensors has no name for
+            the dtype of one.
     """
     names = {getattr(torch, own, None): name for name, own in DTYPES.items()}
-    unpickled = _unpickled(path, mmap=zipfile.is_zipfile(path))
-    state = {name: tensor for name, tensor in unpickled.items() if type(name) is str}
-    if any(tensor.dtype not in names for tensor in state.values()):
-        return ()
+    state = _unpickled(path, mmap=zipfile.is_zipfile(path))
+    for name, tensor in state.items():
+        if tensor.dtype not in names:
+            raise Refused("tensor_unreadable", name=name, dtype=str(tensor.dtype).removeprefix("torch."))
     return tuple(
         StoredTensor(name=name, dtype=names[tensor.dtype], shape=tuple(tensor.shape)) for name, tensor in state.items()
     )
@@ -80,11 +81,28 @@ def _unpickled(path: Path, *, mmap: bool = False) -> dict[str, torch.Tensor]:
         raise Refused("pickle_unreadable", error=type(error).__name__, names=names) from error
     if not isinstance(state, dict):
         raise Refused("pickle_unreadable", error=f"they hold a {type(state).__name__} in place of tensors by name")
-    return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
+    for name, value in state.items():
+        kind = type(value).__name__
+        if not isinstance(name, str):  # PEFT compares names
+            raise Refused("pickle_unreadable", error=f"they hold a name of type {type(name).__name__}")
+        if not tensors:
+            raise Refused(
+                "pickle_unreadable", error=f"they hold a {kind} as {quoted(name)} in place of tensors by name"
+            )
+        if name in tensors and (value.is_nested or value.is_quantized):
+            dtype = "a nested layout" if value.is_nested else str(value.dtype).removeprefix("torch.")
+            raise Refused("tensor_unreadable", name=name, dtype=dtype)
+    return tensors
 
 
 def _refuse_unreadable(name: str, tensor: torch.Tensor) -> None:
-    """Refuse tensors that PEFT cannot copy to a parameter: no values (meta device), quantized, or below a byte each."""
+    """Refuse tensors that PEFT cannot copy to a parameter: no values (meta device), or below a byte each.
+
+    PEFT copies the real part of a complex one, and no other part may have a value.
+    """
+    if tensor.is_complex() and (count := int(tensor.imag.count_nonzero())):
+        raise Refused("imaginary_parts", name=name, dtype=str(tensor.dtype).removeprefix("torch."), count=count)
     if (tensor.dtype in _USUAL and not tensor.is_meta) or tensor.layout is not torch.strided:
         return
     some = tensor.flatten()[:1]

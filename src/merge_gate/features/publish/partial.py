@@ -2,7 +2,8 @@
 
 In: a directory and the name that the model will have. Out: `DIR/.NAME.partial`, locked, with the model's files in
 `model/`. It gets its name whole, or is removed. The system ends the lock with the process, so that a later run removes
-what a killed one left.
+what a killed one left. Only the owner of the lock removes anything. The marker is the first file of the directory, and
+the last to go.
 
 The new model and an earlier one of that name are exchanged in one step. If the file system cannot do that, the earlier
 one waits in `replaced/`, and gets its name back if the new one does not get it.
@@ -19,7 +20,7 @@ import stat
 from pathlib import Path
 
 from merge_gate._internal.errors import GateError, NotPublishedError
-from merge_gate._internal.locked_directory import AlreadyLockedError, locked_directory
+from merge_gate._internal.locked_directory import AlreadyLockedError, DirectoryLock, locked_directory
 from merge_gate._internal.text import quoted
 from merge_gate._internal.whole_file import sync_directory
 from merge_gate.files.identity import directory_identity
@@ -33,7 +34,7 @@ _MODEL, _REPLACED = "model", "replaced"
 _AT_FDCWD, _RENAME_NOREPLACE, _RENAME_EXCHANGE = -100, 1, 2
 
 _LOOK = "an exchange began: look at `model` before it is removed"
-_ABANDONED = f"if there is no other run, move its `{_REPLACED}` (what had its name) back if it has one, and remove it"
+_ABANDONED = f"if there is no other run, move its `{_REPLACED}` (what had its name) back if it has one, and delete it"
 
 
 def partial_name(name: str) -> str:
@@ -60,25 +61,23 @@ class PartialDirectory:
         self.model = self._place / _MODEL
         self._stack = contextlib.ExitStack()
         with self._stack:
-            self._lock()
+            lock = self._lock()
             if not _is_leftover(self._place) or not _put_back(self._place):
                 raise NotPublishedError(
-                    f"{quoted(str(self._place), 200)} contains files that merge-gate did not write",
-                    hint=f"move that directory away, or choose another one{waiting(self._place)}",
+                    f"{quoted(str(self._place), 200)} contains files that merge-gate did not write, or no longer knows",
+                    hint="if no run is publishing there and you need none of its files, delete that directory; "
+                    f"otherwise choose another one{waiting(self._place)}",
                 )
-            try:
-                for own in (_MODEL, _REPLACED, _MARKER):
-                    _remove(self._place / own)
-                (self._place / _MARKER).touch(exist_ok=False)
-                self.model.mkdir()
-            except BaseException:
-                _remove_leftover(self._place)
-                raise
+            _clear(self._place)
+            (self._place / _MARKER).touch(exist_ok=False)
+            self._stack.callback(_remove_leftover, self._place, lock)  # called before the lock ends, and only once
+            self.model.mkdir()
             self._stack = self._stack.pop_all()
 
-    def _lock(self) -> None:
+    def _lock(self) -> DirectoryLock:
         while True:
-            self._place.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):  # not `exist_ok`: another run may remove it at this moment
+                self._place.mkdir(parents=True)
             try:
                 lock = self._stack.enter_context(locked_directory(self._place, follow=False))
             except FileNotFoundError:  # another run has just given it its name, or removed it
@@ -94,9 +93,8 @@ class PartialDirectory:
                     "writing to it",
                     hint=_ABANDONED,
                 )
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(lock.descriptor), self._place.stat(follow_symlinks=False)):
-                    return
+            if _is_of(lock, self._place):
+                return lock
             self._stack.close()
 
     def publish(self, *, replaces: tuple[FileIdentity, ...] | None) -> None:
@@ -136,9 +134,15 @@ class PartialDirectory:
         return out != self.model
 
     def remove(self) -> None:
-        """Remove the directory, with all that was written. May be called more than once."""
-        _remove_leftover(self._place)
+        """Remove the directory, with all that was written, and end the lock. A second call does nothing."""
         self._stack.close()
+
+
+def _is_of(lock: DirectoryLock, place: Path) -> bool:
+    """Whether a lock is that of the directory which has the name now: another run may have made a new one."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(lock.descriptor), place.stat(follow_symlinks=False))
+    return False
 
 
 def _copy_modes(earlier: Path, model: Path) -> None:
@@ -161,7 +165,7 @@ def remove_leftovers(parent: Path) -> None:
         for place in places:
             with contextlib.suppress(OSError, AlreadyLockedError), locked_directory(place, follow=False) as lock:
                 if lock.is_held:
-                    _remove_leftover(place)
+                    _remove_leftover(place, lock)
 
 
 def _is_partial(entry: os.DirEntry[str]) -> bool:
@@ -169,13 +173,19 @@ def _is_partial(entry: os.DirEntry[str]) -> bool:
     return is_named_so and entry.is_dir(follow_symlinks=False)
 
 
-def _remove_leftover(place: Path) -> None:
-    """The marker goes last: a directory that a second kill left half removed still has it."""
+def _remove_leftover(place: Path, lock: DirectoryLock) -> None:
     with contextlib.suppress(OSError):
-        if _is_leftover(place) and _put_back(place):
-            for name in (_MODEL, _REPLACED, _MARKER):
-                _remove(place / name)
+        if _is_of(lock, place) and _is_leftover(place) and _put_back(place):
+            _clear(place)
             place.rmdir()
+
+
+def _clear(place: Path) -> None:
+    """The marker goes last, and stays with what cannot be removed: without it, no later run may remove the rest."""
+    for name in (_MODEL, _REPLACED, _MARKER):
+        _remove(place / name)
+        if os.path.lexists(place / name):
+            return
 
 
 def _put_back(place: Path) -> bool:

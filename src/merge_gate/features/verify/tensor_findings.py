@@ -444,7 +444,10 @@ def _ties(comparison: Comparison) -> Iterator[Finding]:
 def _files(merged: BaseFiles) -> Iterator[Finding]:
     """The findings on the directory's weight files alone."""
     for problem in merged.findings:
-        yield finding("broken-files", problem.message, tensor=problem.tensor, hint=problem.hint)
+        _, is_judged_as_base, what = problem.message.partition(" cannot be judged: ")
+        message = f"the model cannot be loaded as it is stored: {what}" if is_judged_as_base else problem.message
+        hint = problem.hint.replace("the base", "the model")
+        yield finding("broken-files", message, tensor=problem.tensor, hint=hint)
     for names, has, lacks in (
         ([name for name, _ in merged.ghosts], "the index names", "the files that it names do not have"),
         ([*merged.unlisted], "the weight files have", "the index does not name"),

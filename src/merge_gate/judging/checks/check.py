@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import field, replace
-from enum import StrEnum
+from enum import Enum, StrEnum
 
 from merge_gate.records.config import AdapterSpec, CheckSetting
 from merge_gate.records.files import AdapterFiles
@@ -34,6 +34,15 @@ class Symptom(StrEnum):
     WRONG_PAIR = "the wrong base, or the wrong adapter"
     UNTRAINED_MERGE = "a merge that is not what was trained"
     EXTREME_VALUES = "values close to the limit, deltas larger than the weight"
+
+
+class Stage(Enum):
+    """What shows that a check fires."""
+
+    FILES, BASE, MERGE, FORWARD = range(4)
+
+
+_OF_MERGES = (Symptom.NO_EFFECT, Symptom.UNTRAINED_MERGE, Symptom.EXTREME_VALUES)
 
 
 @record
@@ -82,6 +91,14 @@ class Check:
     allows_loading: bool = False
     of_files: Callable[[FileCase], Iterator[Finding]] = lambda _: iter(())
     of_merge: Callable[[MergeCase], Iterator[Finding]] = lambda _: iter(())
+
+    @property
+    def shown_by(self) -> Stage:
+        if self.id.startswith("activation-"):
+            return Stage.FORWARD
+        if self.origin is Origin.BASE:
+            return Stage.BASE
+        return Stage.MERGE if self.origin is Origin.MERGE or self.symptom in _OF_MERGES else Stage.FILES
 
     @property
     def summary(self) -> str:

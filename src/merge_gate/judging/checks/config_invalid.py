@@ -6,6 +6,7 @@
 - it has no `peft_type`, or a value of the wrong type;
 - its rank differs from that of every tensor;
 - a tensor holds integers or booleans, and the same tensor of PEFT's own model does not;
+- a tensor is complex, and an imaginary part is not zero: PEFT would load the real part only. `run` finds it;
 - it sets a key that this version of PEFT would ignore silently. Only `run` finds such keys: `check` does not load PEFT.
 
 ```text
@@ -31,7 +32,7 @@ a newer PEFT, the verdict is `error` and not `failed`.
 from __future__ import annotations
 
 from merge_gate._internal.tensor_names import module_of
-from merge_gate._internal.text import quoted
+from merge_gate._internal.text import counted, quoted
 from merge_gate.judging.checks.check import ERROR, Check, Symptom
 from merge_gate.judging.checks.phrases import describe_pattern
 from merge_gate.judging.not_judged import not_judged
@@ -100,10 +101,22 @@ def dtype_clash(name: str, got: str, expected: str) -> Finding:
     )
 
 
+def imaginary_parts(name: str, dtype: str, count: int) -> Finding:
+    """A tensor is complex, and PEFT would drop `count` imaginary parts that are not zero."""
+    return CONFIG_INVALID.finding(
+        f"{name} has the dtype {dtype}, expected a floating one: PEFT would drop {counted(count, 'imaginary part')} "
+        f"that {'is' if count == 1 else 'are'} not zero",
+        "find the program that wrote complex numbers: no method of PEFT trains them",
+        module=module_of(name),
+        tensor=name,
+        origin=Origin.ADAPTER,
+    )
+
+
 def _release(text: str) -> tuple[int, ...]:
     """The numbers of a release, none for other text. The adapter states it, and `int` raises on "²" or many digits."""
     parts = text.split(".")[:3]
     return tuple(map(int, parts)) if all(part.isdecimal() and len(part) < _MOST_DIGITS for part in parts) else ()
 
 
-REFUSALS = (pattern_refused, ignored_settings, dtype_clash)
+REFUSALS = (pattern_refused, ignored_settings, dtype_clash, imaginary_parts)

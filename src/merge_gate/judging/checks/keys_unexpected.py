@@ -2,7 +2,8 @@
 
 **Fires when** the file holds tensors that match nothing in this base under this config. Two cases are only a warning:
 
-- A tensor is complex. PEFT loads its real part and drops the imaginary part.
+- A tensor is complex. PEFT loads its real part. If it has another part, the cause is
+  [config-invalid](config-invalid.md).
 - The file has a new value for a tensor of the base that the config does not name (a norm without `modules_to_save`, a
   bias with `bias: none`). PEFT replaces the base's tensor without a warning, so the merge changes a layer that no one
   asked for.

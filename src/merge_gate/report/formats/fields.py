@@ -18,7 +18,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
-from merge_gate._internal.text import one_of
+from merge_gate._internal.text import one_of, without_credentials
 from merge_gate.records.terms import Severity, record
 from merge_gate.report.wording.untrusted import one_line
 
@@ -162,7 +162,11 @@ def _dump_cell(value: Any) -> Json:
 
 
 def text(value: str) -> str:
-    """A file name may hold bytes that are not UTF-8 (surrogates in Python). Strict parsers refuse them."""
+    """A text without the credentials of URLs, which an adapter may name as its base.
+
+    A file name may hold bytes that are not UTF-8 (surrogates in Python). Strict parsers refuse them.
+    """
+    value = without_credentials(value)
     return value if value.isascii() else value.encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -408,14 +408,15 @@ def _short(value: float | None) -> float | None:
 
 # --- texts that are not in the report --------------------------------------------------------------------------------
 
-_LINK = re.compile(r"\[([^\]]+)\]\([^)\s]+\)")
+_LINK = re.compile(r"\[([^\]]+)\]\((https://[^)\s&]+)\)")
 _BOLD = re.compile(r"\*\*([^*]+)\*\*")
 _CODE = re.compile(r"`([^`]+)`")
 
 
 def _inline(text: str) -> Markup:
-    """The page leads nowhere, so a link is only its text."""
-    html = str(escape(_LINK.sub(r"\1", " ".join(text.split()))))
+    """Markdown of this package. A browser follows its links on a click only, and sends no address of the report."""
+    html = str(escape(" ".join(text.split())))
+    html = _LINK.sub(r'<a href="\2" rel="noopener noreferrer">\1</a>', html)
     html = _BOLD.sub(r"<b>\1</b>", _CODE.sub(r"<code>\1</code>", html))
     return Markup(html)  # noqa: S704 - text of this package, and escaped
 

@@ -39,14 +39,24 @@ _BLANK = Text()
 
 
 def render(
-    report: Report, output_dir: str, *, width: int = WIDEST, color: bool = False, ascii_only: bool = False
+    report: Report,
+    output_dir: str,
+    *,
+    width: int = WIDEST,
+    table_width: int | None = None,
+    color: bool = False,
+    ascii_only: bool = False,
 ) -> str:
-    """The text, at most `width` columns wide: the table, a paragraph per adapter with findings, and the result."""
-    return laid_out(_parts(report, output_dir, _ASCII_MARKS if ascii_only else _MARKS), width, color=color)
+    """The table, a paragraph per adapter with findings, and the result, at most `width` columns wide.
+
+    The table has `table_width`, if that is more.
+    """
+    marks = _ASCII_MARKS if ascii_only else _MARKS
+    table = laid_out(_table(report, marks), table_width or width, color=color)
+    return table + laid_out(_parts(report, output_dir, marks), width, color=color)
 
 
 def _parts(report: Report, output_dir: str, marks: dict[Verdict, str]) -> Iterator[RenderableType]:
-    yield from _table(report, marks)
     every = paragraphs(report)
     blocking = [groups for groups in every if groups[0][0].verdict is not Verdict.PASSED]  # then some warnings
     most_urgent = blocking[:MAX_PARAGRAPHS] + every[len(blocking) :][: MAX_PARAGRAPHS // 2]
@@ -95,7 +105,7 @@ def _row(adapter: AdapterReport, marks: dict[Verdict, str], *, names_base: bool)
     yield Text(f"{words.model_name(adapter.base)} ({base})" if names_base else base)
     yield Text(", ".join([words.verdict(adapter), *also]), style)
     cause = words.reason(adapter) + (f" in {module}" if module else "")
-    yield Text(cause, no_wrap=True, overflow="ellipsis")  # a paragraph has all of it
+    yield Text(cause, overflow="fold")
 
 
 def _counts(shown: Sequence[AdapterReport], judged: Sequence[AdapterReport]) -> str:

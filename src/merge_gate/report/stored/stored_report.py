@@ -36,13 +36,13 @@ _NAME_IT = "name the report.json that a run wrote, or its directory"
 
 
 def shown(name: str, word: str, *, width: int = WIDEST) -> str:
-    """The report in another format. `width`: columns of the format `terminal`."""
+    """The report in another format. `width`: columns of the table of the format `terminal`."""
     report = stored(name)
     if word != "terminal":
         return FORMATS[WORDS[word]](report)
     from merge_gate.report.formats.terminal_text import render  # noqa: PLC0415 - only a table needs rich
 
-    return render(report, "", width=width)
+    return render(report, "", width=min(width, WIDEST), table_width=width)
 
 
 def compared(old: str, new: str, word: str, *, width: int = WIDEST) -> tuple[str, ExitCode]:

@@ -17,7 +17,7 @@ from merge_gate import __version__
 from merge_gate._internal.text import wrapped
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.kinds import ANSWERS
-from merge_gate.records.project import check_url, kind_url
+from merge_gate.records.project import check_url, documentation_url, kind_url
 from merge_gate.records.report import AdapterReport, BaseReport
 
 if TYPE_CHECKING:
@@ -28,15 +28,27 @@ STORED_KINDS = Path(__file__).parents[2] / "explained_kinds.md"
 _HEADING = re.compile(r"^## (.+)$", re.MULTILINE)
 _FENCE = "```"
 _LINK = re.compile(r"\[([^\]]+)\]\(([^)\s]+)\)")
-_LINK_TO_PAGE = re.compile(r"\[([^\]]+)\]\((?!https://)[^)\s]+\)")
+_LINK_TO_PAGE = re.compile(r"\[([^\]]+)\]\((?!https://)([^)\s#]*)(#[^)\s]*)?\)")
 
 
 @cache
 def explanations() -> dict[str, str]:
-    """The Markdown of each check and kind by its id, without its heading and links to other pages."""
+    """The Markdown of each check and kind by its id, without its heading.
+
+    A link to another page has the page's address. While the project has none, it is text that names the file.
+    """
     _, *parts = _HEADING.split(STORED_KINDS.read_text(encoding="utf-8"))
     pages = {check: row.explanation for check, row in CHECKS.items()} | dict(zip(parts[::2], parts[1::2], strict=True))
-    return {check: _LINK_TO_PAGE.sub(r"\1", page.strip()) for check, page in pages.items()}
+    return {check: _LINK_TO_PAGE.sub(_link_to_page, page.strip()) for check, page in pages.items()}
+
+
+def _link_to_page(match: re.Match[str]) -> str:
+    text, page, anchor = match[1], match[2].removesuffix(".md"), match[3] or ""
+    if not page or page in CHECKS:  # a part of the same page; `merge-gate explain` has the other one
+        return text if not page or not (address := check_url(page, __version__)) else f"[{text}]({address}{anchor})"
+    page = page.removeprefix("../")
+    documentation = documentation_url(__version__)
+    return f"[{text}]({documentation}{page}/{anchor})" if documentation else f"{text} (docs/{page}.md)"
 
 
 def blocks(check: str) -> Iterator[tuple[list[str], str, list[str]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from merge_gate.report.wording import words
-from merge_gate.report.wording.untrusted import one_line
+from merge_gate.report.wording.untrusted import one_line, shorten_between_words
 
 # Text that needs no escaping in a backtick span, not even in a table cell.
 _PLAIN_CODE = re.compile(r"[\w./+=,@%() -]*[\w./+=,@%()-]", re.ASCII)
@@ -29,7 +29,8 @@ def code(text: str, length: int = words.NAME_LENGTH) -> str:
 
 def prose(text: str, length: int = words.MESSAGE_LENGTH) -> str:
     """Return a sentence as plain text. Text between backticks becomes code."""
-    parts = re.sub("` ?`", " ", one_line(text, length)).split("`")  # no code in between: its neighbors stay apart
+    line = shorten_between_words(one_line(text), length)
+    parts = re.sub("` ?`", " ", line).split("`")  # no code in between: its neighbors stay apart
     if len(parts) % 2 == 0:
         parts[-2:] = ["`".join(parts[-2:])]
     return "".join(code(part) if index % 2 else plain(part) for index, part in enumerate(parts))

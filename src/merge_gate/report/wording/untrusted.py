@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from merge_gate._internal.text import is_hidden
+from merge_gate._internal.text import is_hidden, without_credentials
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
@@ -27,8 +27,9 @@ def one_line(text: str, length: int | None = None) -> str:
     """Return `text` on a single line with single spaces, at most `length` characters long.
 
     A hidden character becomes U+FFFD, so that the reader can see it. A long text loses its middle, since names differ
-    at their starts and ends.
+    at their starts and ends. URLs lose their credentials.
     """
+    text = without_credentials(text)
     if text.isascii() and text.isprintable() and "  " not in text and text == text.strip(" "):  # nearly all
         line = text
     else:
@@ -44,6 +45,16 @@ def shorten(text: str, length: int) -> str:
     return text[: length - 1 - tail] + ELLIPSIS + (text[-tail:] if tail else "")
 
 
+def shorten_between_words(text: str, length: int) -> str:
+    """Cut whole words out of the middle of `text`, so that each name that remains is whole. A long word is cut."""
+    if len(text) <= length:
+        return text
+    tail = (length - 2 - len(ELLIPSIS)) // 2
+    head, end = text[: length - 2 - len(ELLIPSIS) - tail], text[-tail:]
+    first, last = head.rpartition(" ")[0], end.partition(" ")[2]
+    return f"{first} {ELLIPSIS} {last}" if first and last else shorten(text, length)
+
+
 def inert(line: str) -> str:
     """Alter text that a GitHub runner would read as a workflow command, in one line of log.
 
@@ -56,8 +67,11 @@ def inert(line: str) -> str:
 
 
 def safe_text(text: str) -> str:
-    """Return foreign text of several lines for a log: with visible characters only, and no line a command."""
-    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    """Return foreign text of several lines for a log: with visible characters only, and no line a command.
+
+    URLs lose their credentials.
+    """
+    lines = without_credentials(text).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     return "\n".join(inert(_visible(line.replace("\t", "    "))) for line in lines)
 
 
