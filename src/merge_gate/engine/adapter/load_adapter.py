@@ -96,7 +96,12 @@ class Arrival:
 
 def own_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Every parameter and buffer of a model, by each of its keys."""
-    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    return {
+        f"{path}.{name}" if path else name: tensor
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
 
 
 def compare(
@@ -579,7 +584,7 @@ def _before_load(
     memory, state = Memory(own.items(), base.memory), dict[str, torch.Tensor]()
 
     def check_and_copy(_module: nn.Module, incoming: Mapping[str, torch.Tensor], *_: Any) -> None:
-        own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        own = own_tensors(model)
         _refuse_shapes(incoming, own, adapter_name)
         _refuse_integers(incoming, own, adapter_name)
         for key in incoming:

@@ -176,11 +176,14 @@ class Base:
 
     @property
     def memory(self) -> Memory:
-        """The memory of the tensors and of the scales of packed weights, which nothing may write to."""
+        """The memory of all parameters, scales of packed weights, and buffers, which nothing may write to."""
         if self._memory is None:
-            named = named_tensors(self.model)
-            parts = ((name, part) for name, module, tensor in named for part in with_scales(module, tensor))
-            self._memory = Memory(parts)
+            own = [
+                (name, part)
+                for name, module, tensor in named_tensors(self.model)
+                for part in with_scales(module, tensor)
+            ]
+            self._memory = Memory((*own, *self.model.named_buffers()))
         return self._memory
 
     def on_device(self, name: str) -> torch.Tensor:

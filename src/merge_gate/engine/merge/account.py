@@ -6,6 +6,7 @@ base, the adapter's file, PEFT's injection, or the merge of their layer has for 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -32,22 +33,24 @@ class Places:
     def __init__(self, base: Base, loaded: Loaded) -> None:
         self._base, self._loaded = base, loaded
         places = list(places_of(loaded.model.get_base_model()))
-        self._others = [place for place in places if not is_of_base(base, place)]
+        self._others = [place for place in places if place.is_saved and not is_of_base(base, place)]
         self._before = {place.name: (place.tensor, place.tensor.data) for place in places}
         self._held = {id(parameter): data for parameter, data in self._before.values()}
-        self._values = loaded.values()
         self.layers = list({id(layer): (path, layer) for place in places for path, layer in place.layers}.values())
         parts = ((place.name, part) for place in self._others for part in with_scales(place.module, place.tensor))
         self.memory = Memory(parts, base.memory)
 
+    @functools.cached_property
+    def _values(self) -> dict[int, torch.Tensor]:
+        return self._loaded.values()
+
     def changed(self) -> Iterator[str]:
         """The names of places that have neither the base's memory, the file's values, nor what the injection left."""
-        own, of_file = self._loaded.injected.own, self._loaded.of_file()
+        own, of_file = self._loaded.injected.own, self._loaded.of_file() if self._others else set[int]()
         for place in self._others:
             left = own.get(place.name)
             is_left = left is not None and shares_storage(left, place.tensor)
-            is_accounted = is_left or id(place.tensor) in of_file or not place.is_saved
-            if not is_accounted and not has_bits_of_base(self._base, place):
+            if not is_left and id(place.tensor) not in of_file and not has_bits_of_base(self._base, place):
                 yield place.name
 
     def has_other_factors(self, layer: Any) -> bool:
