@@ -20,7 +20,8 @@ from typing import IO, TYPE_CHECKING
 
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker import protocol
-from merge_gate.worker.channel import Channel, GarbledError
+from merge_gate.worker.channel import FROM_WORKER, Channel, limits_of
+from merge_gate.worker.encoding import EncodingError, GarbledError, encoded
 from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
 from merge_gate.worker.private_directory import private_directory
 from merge_gate.worker.protocol import DEFAULT_TIMEOUT_S, Event, Job
@@ -76,7 +77,8 @@ class WorkerProcess(contextlib.ExitStack):
         self._memory = MemoryGroup()
         self._kills_before = self._memory.kills()
         own_socket, child_socket = socket.socketpair()
-        self._channel = Channel(own_socket)
+        self._channel = Channel(own_socket, FROM_WORKER)
+        self._channel.limits = limits_of(None)
         self.callback(self._channel.close)
         self._services = self.enter_context(contextlib.ExitStack())  # they end after the process
         self._process = _start(child_socket.fileno(), self._output, directory)
@@ -100,9 +102,11 @@ class WorkerProcess(contextlib.ExitStack):
 
     def run(self, attempt: Attempt, services: Services = ()) -> NotJudged | None:
         """Send the job and pass on its events. None if the process finished, or how it ended."""
-        ends = self._answered([made for service in services if (made := service(attempt.job)) is not None])
+        data = _encoded_job(attempt)
+        self._channel.limits = limits_of(attempt.job)
+        ends = self._answered([made for service in services if (made := service(attempt.job)) is not None], attempt.job)
         try:
-            finished = _converse(self._channel, attempt, ends)
+            finished = _converse(self._channel, data, attempt, ends)
         except GarbledError as error:
             _stop(self._process)
             return NotJudged(message=f"it sent something that is not an event of the gate ({error})", hint=_GARBLED)
@@ -113,13 +117,13 @@ class WorkerProcess(contextlib.ExitStack):
             return None
         return describe_exit(code, self._output, out_of_memory=self._memory_ran_out(code))
 
-    def _answered(self, services: Sequence[Service]) -> Sequence[int]:
+    def _answered(self, services: Sequence[Service], job: Job) -> Sequence[int]:
         """Let these services answer calls. Returns the process's ends of the channels."""
         if not services:
             return ()
         from merge_gate.worker.call_service import CallService  # noqa: PLC0415 - few jobs have calls
 
-        calls = CallService(services)
+        calls = CallService(services, job)
         self._services.callback(calls.close)
         return calls.start()
 
@@ -178,13 +182,28 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return SLEEPING_THREADS | REUSE | env | OFFLINE
 
 
-def _converse(channel: Channel, attempt: Attempt, ends: Sequence[int]) -> bool:
+def _encoded_job(attempt: Attempt) -> bytes:
+    """The job as bytes, without the tasks that cannot be sent: they are reported."""
+    try:
+        return encoded(attempt.job)
+    except EncodingError:
+        for task in [task for group in attempt.job.groups for task in group.tasks]:
+            try:
+                encoded(task)
+            except EncodingError as error:
+                attempt.refuse(
+                    task.index, NotJudged(message=f"the gate's worker process cannot get it: {error}", hint=_BUG)
+                )
+        return encoded(attempt.job)
+
+
+def _converse(channel: Channel, data: bytes, attempt: Attempt, ends: Sequence[int]) -> bool:
     """Send the job, and pass on every event. False if the process ended before its last one, or is overdue.
 
     Raises:
         GarbledError: the process sent something else.
     """
-    sending = threading.Thread(target=_send, args=(channel, attempt.job, ends), daemon=True)
+    sending = threading.Thread(target=_send, args=(channel, data, ends), daemon=True)
     sending.start()  # a stopped process does not read
     patience_s = 0.0  # the process imports, or reads the job: time for what the listener does meanwhile
     while not attempt.is_overdue():
@@ -201,9 +220,9 @@ def _converse(channel: Channel, attempt: Attempt, ends: Sequence[int]) -> bool:
     return False
 
 
-def _send(channel: Channel, job: Job, ends: Sequence[int]) -> None:
+def _send(channel: Channel, data: bytes, ends: Sequence[int]) -> None:
     with contextlib.suppress(OSError):  # the process is gone, and `receive` raises
-        channel.send(job, ends)
+        channel.send_encoded(data, ends)
     for descriptor in ends:
         os.close(descriptor)
 
