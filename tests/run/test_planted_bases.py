@@ -19,9 +19,10 @@ import os, socket, sys
 from transformers import LlamaForCausalLM
 from merge_gate.records.measured import BaseFacts, Evidence, FileTensor, TensorMerge, TensorStats
 from merge_gate.worker.channel import Channel
-from merge_gate.worker.protocol import BaseLoading, Finished, Merged, MergeStarted
+from merge_gate.records.refusals import Caught, Refusal
+from merge_gate.worker.protocol import BaseLoading, Finished, Merged, MergeStarted, Unjudged
 
-facts = BaseFacts(model=MODEL, revision=None, dtype="float32", quantization="none", dtypes=DTYPES)
+facts = BaseFacts(model=MODEL, revision=None, dtype="float32", quantization="none")
 stats = TensorStats(name="w", dtype="float32", shape=(1,), numel=1, minimum=0.0, maximum=1.0)
 evidence = Evidence(
     base=facts,
@@ -34,7 +35,7 @@ evidence = Evidence(
 )
 parent = Channel(socket.socket(fileno=os.dup(int(sys.argv[3]))))
 for number in NUMBERS:
-    for event in (BaseLoading(group=number), MergeStarted(task=number), Merged(task=number, evidence=evidence)):
+    for event in (BaseLoading(group=number), MergeStarted(task=number), RESULT):
         parent.send(event)
 parent.send(Finished())
 
@@ -45,11 +46,13 @@ class PlantedForCausalLM(LlamaForCausalLM):
 
 
 def _planted(name: str, numbers: tuple[int, ...]) -> str:
-    """The code of a base. The forger says that it is another one, and the senseless one sends figures of no meaning."""
-    dtypes = (("float32", float("nan")),) if name == "senseless" else ()
+    """The code of a base. The forger says that it is another one, and the senseless one sends an exception that has no class."""
     model = "./first" if name == "forger" else f"./{name}"
-    code = PLANTED.replace("NUMBERS", repr(numbers)).replace("MODEL", repr(model))
-    return code.replace("DTYPES", repr(dtypes).replace("nan", "float('nan')"))
+    result = "Merged(task=number, evidence=evidence)"
+    if name == "senseless":
+        caught = 'Refusal(kind="worker_raised", fields={"error": Caught(kinds=(), text=""), "in_import": False})'
+        result = f"Unjudged(task=number, refusal={caught})"
+    return PLANTED.replace("NUMBERS", repr(numbers)).replace("MODEL", repr(model)).replace("RESULT", result)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +91,7 @@ def test_a_base_cannot_give_itself_the_name_of_another(report: Any) -> None:
 
 
 @pytest.mark.slow
-def test_figures_without_meaning_cost_their_own_adapter(report: Any) -> None:
+def test_a_reason_without_meaning_costs_its_own_adapter(report: Any) -> None:
     (senseless,) = (one for one in report["adapters"] if one["name"] == "senseless")
     assert senseless["verdict"] == "error"
 
