@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -84,6 +84,7 @@ class WorkerProcess(contextlib.ExitStack):
         self._process = _start(child_socket.fileno(), self._output, directory)
         child_socket.close()
         self.callback(_stop, self._process)
+        self.enter_context(_stopping_together(self._process))
 
     def read_pickle(self, path: str) -> protocol.PickleListed:
         """Ask for the tensors of a pickled file. Without an answer, the refusal is how the process ended."""
@@ -168,7 +169,32 @@ def _start(descriptor: int, output: IO[bytes], directory: str) -> subprocess.Pop
         stderr=output,
         cwd=directory,
         env=child_environment(os.environ) | caches(directory),
+        start_new_session=True,  # no terminal is its own
     )
+
+
+@contextlib.contextmanager
+def _stopping_together(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A `with` block in which Ctrl-Z stops the process with this one, and `fg` continues both.
+
+    It is in another session, so it does not get the terminal's signals. At the others, this process ends it.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTSTP) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        child.send_signal(signal.SIGSTOP)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # until `fg`
+        signal.signal(signal.SIGTSTP, stop)
+        child.send_signal(signal.SIGCONT)
+
+    signal.signal(signal.SIGTSTP, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
