@@ -46,7 +46,7 @@ class PlantedForCausalLM(LlamaForCausalLM):
 
 
 def _planted(name: str, numbers: tuple[int, ...]) -> str:
-    """The code of a base. The forger says that it is another one, and the senseless one sends an exception that has no class."""
+    """The code of a base. The forger is another one by its own words. The senseless one sends an odd exception."""
     model = "./first" if name == "forger" else f"./{name}"
     result = "Merged(task=number, evidence=evidence)"
     if name == "senseless":

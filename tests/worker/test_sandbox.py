@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import resource
 import shutil
 import socket
@@ -528,6 +529,14 @@ def test_a_network_mount_in_the_root_is_not_waited_for(place, kind, is_read, tmp
     assert bool(why) == is_read
     if why:
         wording(why)
+
+
+def test_the_page_names_each_call_that_is_refused() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "concepts" / "security.md").read_text(encoding="utf-8")
+    table = page.partition("| purpose | calls |")[2].partition("\n\n")[0]
+    named = set(re.findall(r"`([a-z0-9_]+)`", table))
+    tables = sandbox._REFUSED, sandbox._UNKNOWN, sandbox._WITHOUT_EFFECT, sandbox._OWN_ONLY, sandbox._BY_ARGUMENT
+    assert named == {name for each in tables for name in each} | {"socket", "clone"}
 
 
 def test_a_kernel_without_filters_is_an_error_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
