@@ -98,6 +98,15 @@ ODD: dict[str, Callable[[dict], object]] = {
     "no tensor": lambda made: made["adapters"][0]["findings"][0].pop("tensor"),
     "a number as the cause": lambda made: made["adapters"][0].update(cause=3),
     "another verdict": lambda made: made["adapters"][0].update(verdict="good"),
+    "a pass with an error": lambda made: (
+        made["adapters"][0].update(verdict="passed", cause=None),
+        made.update(counts=COUNTS, result="pass"),
+    ),
+    "a cause that is no error": lambda made: made["adapters"][0].update(cause="headroom"),
+    "an accepted pass": lambda made: (
+        made["adapters"][0].update(verdict="passed", cause=None, findings=[], accepted={"reason": "r"}),
+        made.update(counts=COUNTS, result="pass"),
+    ),
 }
 
 

@@ -144,6 +144,18 @@ def _edited(path: str, value: Any) -> bytes:
     return json.dumps(document).encode()
 
 
+def _forged() -> bytes:
+    """A failed adapter passes, and counts and result follow. Its errors stay."""
+    document = json.loads(_edited("adapters.2.verdict", "passed"))
+    failed = document["adapters"][2]
+    failed["cause"] = None
+    verdicts = [adapter["verdict"] for adapter in document["adapters"]]
+    document["counts"] = {verdict: verdicts.count(verdict) for verdict in ("passed", "failed", "error")}
+    document["result"] = "fail" if "failed" in verdicts else "error" if "error" in verdicts else "pass"
+    document["accepted"] = 0
+    return json.dumps(document).encode()
+
+
 @pytest.mark.parametrize(
     ("data", "place"),
     [
@@ -158,6 +170,9 @@ def _edited(path: str, value: Any) -> bytes:
         (_edited("adapters.0.line", -1), "adapters[0].line is -1"),
         (_edited("adapters.0.line", True), "adapters[0].line is True"),
         (_edited("adapters.0.cause", "no-effect"), "adapters[0]"),
+        (_edited("adapters.2.cause", "headroom"), "adapters[2]"),
+        (_edited("adapters.0.accepted", {"reason": "r", "owner": "o", "until": "2026-01-01"}), "adapters[0]"),
+        (_forged(), "adapters[2]"),
         (_edited("adapters.2.findings", {}), "adapters[2].findings"),
         (_edited("adapters.2.findings.0.measured", {"x": "inf"}), "measured.x"),
         (_edited("adapters.0.tensors", {"columns": ["name"], "rows": [[]]}), "rows[0]"),

@@ -649,3 +649,24 @@ def test_a_report_stays_small_whatever_an_adapter_brings(shelf: Shelf, tmp_path:
     report = run_gate(load_config(str(config)), RunOptions(device="cpu", output=str(tmp_path / "out")))
     assert (tmp_path / "out" / "report.json").stat().st_size < 1_000_000
     assert any("99,900" in finding.message for finding in report.adapters[0].findings)
+
+
+def test_what_cannot_be_shown_of_an_adapter_costs_this_adapter(tmp_path: Path, shelf: Shelf) -> None:
+    """The worker may send figures without meaning. The run goes on."""
+    for name in ("odd", "good"):
+        lay(tmp_path, shelf, name)
+    shutil.copytree(shelf.base("llama"), tmp_path / "base")
+    config = load_config(
+        str(write(tmp_path, {"path": "./adapters/odd"}, {"path": "./adapters/good"}, base={"model": "./base"}))
+    )
+
+    def show(report: AdapterReport) -> None:
+        if report.name == "odd" and report.verdict is Verdict.PASSED:
+            raise LookupError("no such figure")
+
+    report = run_gate(config, RunOptions(device="cpu"), view=Watcher(adapter_done=show, report_made=None))
+    assert report.complete
+    odd, good = sorted(report.adapters, key=lambda each: each.name != "odd")
+    assert (odd.verdict, good.verdict) == (Verdict.ERROR, Verdict.PASSED)
+    assert "no such figure" in odd.findings[-1].message
+    assert "LookupError" in (odd.findings[-1].log or "")

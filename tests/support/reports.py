@@ -245,7 +245,15 @@ def adapters() -> st.SearchStrategy[AdapterReport]:
               "published": st.none() | published_models()}  # fmt: skip
     passed = st.builds(AdapterReport, verdict=st.just(Verdict.PASSED), **common)
     others = st.sampled_from((Verdict.FAILED, Verdict.ERROR))
-    return passed | st.builds(AdapterReport, verdict=others, cause=TEXTS, **common).map(with_decision)
+    return (passed | st.builds(AdapterReport, verdict=others, **common)).map(_consistent)
+
+
+def _consistent(made: AdapterReport) -> AdapterReport:
+    """An adapter that passed has no errors. The cause of another one is its first error."""
+    errors = [finding for finding in made.findings if finding.severity is Severity.ERROR]
+    if made.verdict is Verdict.PASSED:
+        return replace(made, findings=tuple(finding for finding in made.findings if finding not in errors))
+    return with_decision(replace(made, cause=errors[0].check if errors else None))
 
 
 def hostile_reports() -> st.SearchStrategy[Report]:

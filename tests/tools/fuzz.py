@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CORPUS = ROOT / "tests" / "fuzz" / "corpus"
 sys.path.insert(0, str(ROOT))
 
-NAMES = ("headers", "adapter-config", "config", "report")
+NAMES = ("headers", "adapter-config", "config", "report", "message")
 INSTRUMENTED = ["merge_gate", "yaml"]
 MOST_BYTES = 1 << 16
 _WITHOUT_END = 2**31 - 1  # as libFuzzer reads it

@@ -6,6 +6,7 @@ import pickle
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from merge_gate.records.refusals import MOST_OF_LOG, NotJudged
 from merge_gate.records.terms import record
 from merge_gate.worker.call_client import CallClient
 from merge_gate.worker.call_service import InvalidCallError, Service
-from merge_gate.worker.channel import MAX_BYTES, CallChannel, Channel, GarbledError
+from merge_gate.worker.channel import FROM_WORKER, LEAST, CallChannel, Channel, limits_of
+from merge_gate.worker.encoding import GarbledError, encoded
 from merge_gate.worker.protocol import Answer, Finished, Idle, MergeStarted, Unjudged, refusal_of
 from tests.support.call_ends import Ends, open_files, wait_until
 
@@ -27,7 +29,9 @@ from tests.support.call_ends import Ends, open_files, wait_until
 def line() -> Iterator[tuple[Channel, socket.socket]]:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        yield Channel(ours), theirs
+        channel = Channel(ours, FROM_WORKER)
+        channel.limits = limits_of(None)
+        yield channel, theirs
 
 
 def test_messages_come_whole_and_in_order(line: tuple[Channel, socket.socket]) -> None:
@@ -43,7 +47,7 @@ def test_messages_come_whole_and_in_order(line: tuple[Channel, socket.socket]) -
 
 def test_half_a_message_is_not_waited_for(line: tuple[Channel, socket.socket]) -> None:
     channel, theirs = line
-    data = pickle.dumps(Idle())
+    data = encoded(Idle())
     message = struct.pack("!Q", len(data)) + data
     theirs.sendall(message[:20])
     assert channel.receive(0.05) is None
@@ -60,29 +64,78 @@ class Evil:
     "data",
     [
         pickle.dumps(Evil()),
-        pickle.dumps(os.system),
-        b"cmerge_gate.engine.channel\npickle.loads\n.",
-        b"\x8c\x16merge_gate.records.terms\x8c\x0edataclass.func\x93.",
-        b"not a pickle",
-        # New values for the attributes of an enumeration, and of a member.
-        b"cmerge_gate.records.terms\nVerdict\nN(dS'FAILED'\nS'passed'\ns\x86b.",
-        b"cmerge_gate.records.terms\nVerdict\nS'failed'\n\x85RN(dS'_value_'\nS'passed'\ns\x86b.",
+        pickle.dumps(Idle()),
+        b"\x80\x04Nr\x00\x00\x00\x10.",  # a pickle that takes 4 GB
+        b"not JSON",
         b"",
+        b"null",
+        b"{}",
+        b'{"Finished":[]}{"Finished":[]}',
+        b'{"Finished":[],"Idle":[null,"",0.0,0.0]}',
+        b'{"Finished":[1]}',
+        b'{"Finished":{}}',
+        b'{"NoRecord":[]}',
+        b'{"Job":[[],"cpu",false,false]}',
+        b'{"MergeStarted":[1]}',
+        b'{"MergeStarted":[1,[],null]}',
+        b'{"MergeStarted":[true,[]]}',
+        b'{"MergeStarted":[1.0,[]]}',
+        b'{"MergeStarted":["1",[]]}',
+        b'{"MergeStarted":[1,[[]]]}',
+        b'{"MergeStarted":[1,{}]}',
+        b'{"MergeStarted":[18446744073709551616,[]]}',
+        b'{"MergeStarted":[' + b"9" * 6001 + b",[]]}",
+        b'{"Unjudged":[1,{"NotJudged":["m","h","no origin",null]}]}',
+        b'{"Unjudged":[1,{"Caught":[[],"","",null]}]}',
+        b'{"Unjudged":[1,{"Refusal":["kind",{"field":{"Refusal":["kind",{}]}}]}]}',
+        b'{"Unjudged":[1,{"Refusal":["kind",{"field":[[["too deep"]]]}]}]}',
+        b"[" * 1_000_000,
     ],
+    ids=lambda data: repr(data[:40]),
 )
 def test_nothing_but_records_is_made_of_a_message(data, line, tmp_path, cwd) -> None:
     channel, theirs = line
-    theirs.sendall(struct.pack("!Q", len(data)) + data)
+    sender = threading.Thread(target=theirs.sendall, args=(struct.pack("!Q", len(data)) + data,))
+    sender.start()
     with pytest.raises(GarbledError):
         channel.receive(1.0)
+    sender.join()
     assert not (tmp_path / "ran").exists()
 
 
 def test_a_message_without_end_is_refused_before_it_is_read(line: tuple[Channel, socket.socket]) -> None:
     channel, theirs = line
-    theirs.sendall(struct.pack("!Q", MAX_BYTES + 1))
-    with pytest.raises(GarbledError, match="268,435,457 bytes"):
+    theirs.sendall(struct.pack("!Q", LEAST.bytes + 1))
+    with pytest.raises(GarbledError, match="16,777,217 bytes"):
         channel.receive(1.0)
+
+
+def test_the_values_of_a_message_are_counted_before_they_are_made(line: tuple[Channel, socket.socket]) -> None:
+    channel, theirs = line
+    data = b'{"MergeStarted":[1,[' + b"1," * LEAST.values + b"1]]}"
+    sender = threading.Thread(target=theirs.sendall, args=(struct.pack("!Q", len(data)) + data,))
+    sender.start()
+    with pytest.raises(GarbledError, match=r"2,097,15\d values"):
+        channel.receive(10.0)
+    sender.join()
+
+
+def test_a_message_that_comes_byte_by_byte_takes_no_longer_than_asked(line: tuple[Channel, socket.socket]) -> None:
+    channel, theirs = line
+    ended = threading.Event()
+
+    def drip() -> None:
+        theirs.sendall(struct.pack("!Q", 1 << 20))
+        while not ended.wait(0.001):
+            theirs.send(b" ")
+
+    sender = threading.Thread(target=drip)
+    sender.start()
+    began_s = time.monotonic()
+    assert channel.receive(0.1) is None
+    assert time.monotonic() - began_s < 1.0
+    ended.set()
+    sender.join()
 
 
 def test_the_end_of_the_other_side_is_heard(line: tuple[Channel, socket.socket]) -> None:
@@ -271,7 +324,7 @@ def test_the_memory_of_a_channel_keeps_its_size(ends: Ends) -> None:
 
 
 def test_a_parent_that_sends_something_else_is_an_error() -> None:
-    own, other = CallChannel.pair(())
+    own, other = CallChannel.pair(Asked, LEAST)
     own.send(Idle())
     with pytest.raises(SourceError):
         CallClient([other]).call(Asked(text=""))

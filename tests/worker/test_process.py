@@ -204,6 +204,41 @@ def test_no_child_outlives_a_parent_that_is_killed_at_once(delay_s: float, tmp_p
     assert used_s < 2.0, "it has imported torch"
 
 
+STOPPED = """
+import sys, time
+from merge_gate.worker.process import WorkerProcess
+child = WorkerProcess()
+print(child._process.pid, flush=True)
+while True:
+    time.sleep(0.05)
+"""
+
+
+def _state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_a_worker_stops_continues_and_dies_with_its_parent(tmp_path: Path) -> None:
+    """Ctrl-Z, `fg`, and SIGKILL of the parent's group, although the worker is in a session of its own."""
+    parent = subprocess.Popen(
+        [sys.executable, "-P", "-c", STOPPED],
+        env=environment(TMPDIR=str(tmp_path)),
+        stdout=subprocess.PIPE,
+        process_group=0,
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    assert os.getsid(worker) == worker != os.getsid(parent.pid)
+    for _ in range(2):
+        os.killpg(parent.pid, signal.SIGTSTP)
+        wait_until(lambda: _state(parent.pid) == _state(worker) == "T")
+        os.killpg(parent.pid, signal.SIGCONT)
+        wait_until(lambda: "T" not in _state(parent.pid) + _state(worker))
+    os.killpg(parent.pid, signal.SIGKILL)
+    parent.communicate()
+    wait_until(lambda: not alive(worker))
+
+
 def test_the_directory_of_a_dead_run_alone_is_removed(tmp_path: Path) -> None:
     dead = tmp_path / f"{PREFIX}dead1234"
     users = [tmp_path / "merge-gate-other", tmp_path / f"{PREFIX}notes", tmp_path / f"{PREFIX}my_notes"]

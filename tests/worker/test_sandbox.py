@@ -1,14 +1,20 @@
 """The worker's sandbox, tried by code that a base brings along, with and without it, and its filter of system calls."""
 
+import ctypes
 import errno
+import fcntl
 import json
 import os
+import pty
+import re
+import resource
 import shutil
 import socket
 import stat
 import struct
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -359,9 +365,9 @@ ALLOWED, REFUSED, NO_SUCH_CALL, WITHOUT_EFFECT = "allowed", errno.EPERM, errno.E
 AF_UNIX, AF_INET, THREAD, NEW_PROCESS = 1, 2, 0x10F00, 0x1200011
 
 
-def answer(program: bytes, architecture: int, number: int, argument: int = 0) -> str | int:
+def answer(program: bytes, architecture: int, number: int, argument: int = 0, second: int = 0) -> str | int:
     """What the kernel does with a call: `allowed`, or the error that it gives. Classic BPF, as far as it is used."""
-    data = struct.pack("=IIQQ", number, architecture, 0, argument)
+    data = struct.pack("=IIQQQ", number, architecture, 0, argument, second)
     steps = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
     value = at = 0
     while True:
@@ -387,12 +393,20 @@ CALLS = {
     "x86_64": {
         "read": 0, "socket": 41, "connect": 42, "clone": 56, "fork": 57, "execve": 59, "kill": 62, "chmod": 90,
         "tgkill": 234, "openat": 257, "utimensat": 280, "clone3": 435,
+        "prlimit64": 302, "prctl": 157, "ioctl": 16, "fcntl": 72,
     },
     "aarch64": {
         "read": 63, "socket": 198, "connect": 203, "clone": 220, "execve": 221, "kill": 129, "fchmodat": 53,
         "tgkill": 131, "openat": 56, "utimensat": 88, "clone3": 435,
+        "prlimit64": 261, "prctl": 167, "ioctl": 29, "fcntl": 25,
     },
 }  # fmt: skip
+ARGUMENTS = {"kill": (9,), "tgkill": (9,), "prlimit64": (0,)}
+SECONDS = [
+    ("ioctl", 0x5412, True), ("ioctl", 0x541C, True), ("ioctl", 0x540E, True), ("ioctl", 0x5410, True),
+    ("ioctl", 0x8901, True), ("ioctl", 0x8902, True), ("ioctl", 0x5401, False), ("fcntl", 8, True),
+    ("fcntl", 15, True), ("fcntl", 2, False),
+]  # fmt: skip
 ANSWERS = {
     "read": ALLOWED, "openat": ALLOWED, "connect": REFUSED, "fork": REFUSED, "execve": REFUSED,
     "clone3": NO_SUCH_CALL, "chmod": WITHOUT_EFFECT, "fchmodat": WITHOUT_EFFECT, "utimensat": WITHOUT_EFFECT,
@@ -413,9 +427,116 @@ def test_the_filter_of_each_architecture(machine: str) -> None:
     assert answer(program, kernel, calls["socket"], AF_INET) == REFUSED
     assert answer(program, kernel, calls["clone"], THREAD) == ALLOWED
     assert answer(program, kernel, calls["clone"], NEW_PROCESS) == REFUSED
+    for call, (first, *_) in ARGUMENTS.items():
+        for own in (0, os.getpid()) if call == "prlimit64" else (os.getpid(),):
+            assert answer(program, kernel, calls[call], own, first) == ALLOWED
+        assert answer(program, kernel, calls[call], os.getppid(), first) == REFUSED
+    for call, number in (("prctl", 1), ("prctl", 15)):
+        assert answer(program, kernel, calls[call], number) == (REFUSED if number == 1 else ALLOWED)
+    for call, number, is_refused in SECONDS:
+        assert answer(program, kernel, calls[call], 3, number) == (REFUSED if is_refused else ALLOWED), hex(number)
+    for name, numbers in sandbox._REFUSED.items():
+        if numbers[column]:
+            assert answer(program, kernel, numbers[column]) == REFUSED, name
     for call in ("kill", "tgkill"):
         assert answer(program, kernel, calls[call], os.getpid()) == ALLOWED
         assert answer(program, kernel, calls[call], os.getppid()) == REFUSED
+
+
+REACHING = {
+    "its end without its parent": lambda call: call(157, 1, 0, 0, 0, 0),
+    "limits of the parent": lambda call: call(302, os.getppid(), 0, None, None),
+    "the affinity of a group": lambda call: call(141, 1, 0, 5),
+    "scheduling": lambda call: call(144, os.getppid(), 0, None),
+    "a segment of memory": lambda call: call(29, 0x6B6B, 4096, 0o1600),
+    "a semaphore": lambda call: call(64, 0x6B6B, 1, 0o1600),
+    "a queue": lambda call: call(68, 0x6B6B, 0o1600),
+    "a POSIX queue": lambda call: call(240, b"merge-gate-test", 0o102, 0o600, None),
+    "a new key": lambda call: call(248, b"user", b"merge-gate", b"x", 1, -4),
+    "the keys of the session": lambda call: call(250, 0, -3, 0),
+    "a program of the kernel": lambda call: call(321, 0, None, 0),
+    "counters of the parent": lambda call: call(298, None, os.getppid(), -1, -1, 0),
+    "faults of memory": lambda call: call(323, 0),
+}
+"""Calls on x86_64 with which code reaches other processes, or parts of the kernel."""
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="the numbers are those of x86_64")
+def test_this_kernel_refuses_what_reaches_other_processes(tmp_path: Path) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def give_up() -> None:
+        confine(tmp_path)
+        for what, attempt in REACHING.items():
+            assert attempt(libc.syscall) == -1, what
+            assert ctypes.get_errno() == errno.EPERM, what
+        with pytest.raises(PermissionError):
+            resource.prlimit(os.getppid(), resource.RLIMIT_CPU, (1, 1))
+        assert resource.prlimit(0, resource.RLIMIT_CORE) == resource.prlimit(os.getpid(), resource.RLIMIT_CORE)
+        one, other = socket.socketpair()
+        with one, other, pytest.raises(PermissionError):
+            fcntl.fcntl(one, fcntl.F_SETOWN, os.getppid())
+
+    in_a_thread(give_up)
+
+
+def test_no_terminal_is_read_or_typed_into(tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    name = os.ttyname(theirs)
+
+    def give_up() -> None:
+        confine(tmp_path)
+        for path in (name, "/dev/ptmx", "/dev/tty"):
+            with pytest.raises(OSError, match=r"Permission denied|No such device"):
+                os.open(path, os.O_RDONLY | os.O_NOCTTY)
+        with pytest.raises(PermissionError):
+            fcntl.ioctl(theirs, termios.TIOCSTI, b"x")
+        with pytest.raises(PermissionError):
+            fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        assert os.path.exists("/dev/shm")  # noqa: PTH110 - as libraries ask
+        for device in ("null", "zero", "urandom"):
+            Path("/dev", device).open("rb").close()
+
+    in_a_thread(give_up)
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_a_base_in_shared_memory_can_be_read(tmp_path: Path) -> None:
+    shared = Path("/dev/shm") / f"{tmp_path.name}-{os.getpid()}"
+    shared.write_text("x")
+
+    def give_up() -> None:
+        confine(tmp_path)
+        assert shared.read_text() == "x"
+
+    try:
+        in_a_thread(give_up)
+    finally:
+        shared.unlink()
+
+
+MOUNT = "36 25 0:40 / {place} rw,relatime shared:1 - {kind} server:/export rw\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "is_read"),
+    [("/data", "nfs4", True), ("/data", "ext4", False), ("/data/deep", "nfs4", False), ("/", "fuse", False)],
+)
+def test_a_network_mount_in_the_root_is_not_waited_for(place, kind, is_read, tmp_path, wording) -> None:
+    (tmp_path / "mounts").write_text(MOUNT.format(place=place, kind=kind))
+    why = sandbox.why_terminals_are_read(tmp_path / "mounts")
+    assert bool(why) == is_read
+    if why:
+        wording(why)
+
+
+def test_the_page_names_each_call_that_is_refused() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "concepts" / "security.md").read_text(encoding="utf-8")
+    table = page.partition("<!-- refused calls -->")[2].partition("<!-- /refused calls -->")[0]
+    named = set(re.findall(r"`([a-z0-9_]+)`", table))
+    tables = sandbox._REFUSED, sandbox._UNKNOWN, sandbox._WITHOUT_EFFECT, sandbox._OWN_ONLY, sandbox._BY_ARGUMENT
+    assert named == {name for each in tables for name in each} | {"socket", "clone"}
 
 
 def test_a_kernel_without_filters_is_an_error_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

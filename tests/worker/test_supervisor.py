@@ -20,15 +20,17 @@ import pytest
 
 from merge_gate.features.stream.batches import batches
 from merge_gate.files.preflight import preflight
-from merge_gate.records.files import AdapterFiles
+from merge_gate.records.files import AdapterFiles, DeclaredQuantization
+from merge_gate.records.measured import BaseFacts, Evidence
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey
-from merge_gate.worker.channel import GarbledError
+from merge_gate.worker.encoding import GarbledError
 from merge_gate.worker.process import WorkerProcess
 from merge_gate.worker.protocol import (
     ALONE,
     SUSPECTED,
     TOGETHER,
+    BaseLoaded,
     BaseLoading,
     DeviceChosen,
     Event,
@@ -686,3 +688,139 @@ def test_a_process_without_adapters_reports_its_device_and_ends(is_killed: bool)
         assert (chosen is None) == is_killed
         assert chosen is None or (chosen.device, child.poll()) == ("cpu", 0)
         assert not worker.is_started, "the next job gets a new process"
+
+
+# --- one base, as the job asks for it, within one limit --------------------------------------------------------------
+
+
+def facts_of(group: Group, **changes: Any) -> BaseFacts:
+    key = group.base
+    return replace(BaseFacts(model=key.model, revision=None, dtype="float32", quantization="none"), **changes)
+
+
+def merged(group: Group, **changes: Any) -> Merged:
+    return Merged(task=0, evidence=Evidence(base=facts_of(group, **changes)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "another"},
+        {"revision": "abc"},
+        {"dtype": "float16"},
+        {"quantization": "bnb-4bit"},
+        {"dtype": "float16", "dtypes": (("float16", 1), ("bfloat16", 1))},
+    ],
+    ids=str,
+)
+def test_evidence_on_another_base_is_refused(changes: dict[str, Any], trio: Group) -> None:
+    attempt = begun(Job(groups=(trio,)), MergeStarted(task=0))
+    with pytest.raises(GarbledError):
+        attempt.receive(merged(trio, **changes))
+    assert attempt.remaining_job(DEATH, set()).groups[0].tasks == trio.tasks[1:]
+
+
+def test_a_class_may_keep_most_parameters_in_another_dtype(trio: Group) -> None:
+    group = replace(trio, base=replace(trio.base, dtype="float16"))
+    dtypes = ("float32", 3), ("float16", 1)
+    begun(Job(groups=(group,)), MergeStarted(task=0)).receive(merged(group, dtypes=dtypes))
+
+
+def with_files(group: Group, **changes: Any) -> Group:
+    return replace(group, base=replace(group.base, dtype="auto"), files=replace(group.files, **changes))
+
+
+FP8 = DeclaredQuantization(method="fp8", file="config.json")
+
+
+@pytest.mark.parametrize(
+    ("files", "facts", "is_allowed"),
+    [
+        ({}, {}, True),
+        ({}, {"dtype": "bfloat16"}, False),
+        ({"config_dtypes": ("bfloat16",)}, {"dtype": "bfloat16"}, True),
+        ({"tensors": ()}, {"dtype": "bfloat16"}, True),
+        ({}, {"quantization": "fp8"}, False),
+        ({"quantization": FP8}, {"quantization": "fp8", "dtype": "bfloat16"}, True),
+        ({"quantization": FP8}, {"quantization": "none"}, True),
+        ({"quantization": FP8}, {"quantization": "bnb-4bit"}, False),
+        ({"quantization": replace(FP8, method="bitsandbytes_4bit")}, {"quantization": "bnb-4bit"}, True),
+    ],
+)
+def test_what_the_job_leaves_open_must_fit_the_files(files, facts, is_allowed, trio) -> None:
+    group = with_files(trio, **files)
+    assert group.allows(facts_of(group, **facts)) == is_allowed
+
+
+def test_the_first_event_on_a_base_fixes_its_dtype(trio: Group) -> None:
+    group = with_files(trio, config_dtypes=("bfloat16",))
+    attempt = begun(Job(groups=(group,)), BaseLoaded(group=0, task=0, facts=facts_of(group), seconds=0.0))
+    with pytest.raises(GarbledError):
+        attempt.receive(merged(group, dtype="bfloat16"))
+    attempt.receive(merged(group))
+
+
+def overdue_after(attempt: Attempt, clock: list[float], events: list[Event]) -> float:
+    """How long a process may send these events again and again, each half of a time limit after the last."""
+    for event in itertools.cycle(events):
+        with contextlib.suppress(GarbledError):
+            attempt.receive(event)
+        clock[0] += 0.5 * TIMEOUT_S
+        if attempt.is_overdue():
+            return clock[0]
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "events",
+    [
+        [BaseLoading(group=0)],
+        [MergeStarted(task=0)],
+        [ForwardRunning(task=0, is_running=True), ForwardRunning(task=0, is_running=False)],
+        [BaseLoading(group=0), BaseLoading(group=1)],
+    ],
+    ids=["load", "merge", "model", "two bases"],
+)
+def test_no_event_moves_the_limit_of_a_base(events: list[Event], trio: Group, tmp_path: Path) -> None:
+    clock = [0.0]
+    first = replace(limited(trio, 0), tasks=limited(trio, 0).tasks[:1])
+    second = replace(first, directory=str(tmp_path), tasks=(replace(first.tasks[0], index=1),))
+    attempt = begun(Job(groups=(first, second)), MergeStarted(task=0), clock=lambda: clock[0])
+    assert overdue_after(attempt, clock, events) <= 2 * 3 * TIMEOUT_S
+
+
+def test_a_base_may_be_loaded_as_a_class_for_each_adapter(trio: Group) -> None:
+    clock = [0.0]
+    attempt = Attempt(Job(groups=(limited(trio, 0, 1, 2),)), Killer(), clock=lambda: clock[0])
+    for _ in trio.tasks:
+        attempt.receive(BaseLoading(group=0))
+        clock[0] += 0.9 * TIMEOUT_S
+        assert not attempt.is_overdue()
+
+
+def test_an_exception_over_an_event_costs_the_base_that_sent_it(trio: Group) -> None:
+    heard: list[Event] = []
+
+    def listen(event: Event) -> None:
+        heard.append(event)
+        if isinstance(event, Merged):
+            raise LookupError("no such module")  # noqa: TRY004 - what comes of a figure without meaning
+
+    attempt = Attempt(Job(groups=(trio,)), listen)
+    for event in (BaseLoading(group=0), MergeStarted(task=0)):
+        attempt.receive(event)
+    with pytest.raises(GarbledError, match="no such module"):
+        attempt.receive(merged(trio))
+    left = attempt.remaining_job(DEATH, set())
+    assert [task.index for task in left.groups[0].tasks] == [1, 2]
+    assert isinstance(heard[-1], Unjudged)
+
+
+def test_a_task_that_cannot_be_sent_is_unjudged_at_once(trio: Group, tmp_path: Path) -> None:
+    """And the others are merged."""
+    huge = replace(trio.tasks[1], files=(replace(trio.tasks[1].files[0], padding=frozenset({10**5000})),))
+    killer = Killer()
+    with played_workers(tmp_path), WorkerSlot() as worker:
+        supervise(Job(groups=(replace(trio, tasks=(trio.tasks[0], huge)),)), killer, worker)
+    assert killer.outcomes() == {0: "Merged", 1: "Unjudged"}
+    assert "cannot get it" in killer.refusal(1).message

@@ -227,11 +227,25 @@ def _has(value: object, kinds: Mapping[str, Any]) -> bool:
     return isinstance(value, dict) and all(name in value and isinstance(value[name], kinds[name]) for name in kinds)
 
 
+def _contradictory_verdict(adapter: Mapping[str, Any]) -> str:
+    """How the verdict of an adapter contradicts its findings, as the end of a sentence; empty if it does not."""
+    errors = {finding["check"] for finding in adapter["findings"] if finding["severity"] == "error"}
+    verdict, cause = adapter["verdict"], adapter.get("cause")
+    if verdict == "passed" and (errors or cause is not None):
+        return f"passed and has {json.dumps(cause or min(errors))[:80]} as an error"
+    if cause is not None and cause not in errors:
+        return f"has the cause {json.dumps(cause)[:80]}, which is none of its errors"
+    return "is accepted and has not failed" if adapter.get("accepted") and verdict != "failed" else ""
+
+
 def _contradiction(report: Mapping[str, Any]) -> str:
-    """Return the first of counts and result that does not follow from the adapters; empty if all do.
+    """Return the first verdict that contradicts its findings, or count or result that does not follow; empty if all do.
 
     The result of an incomplete report is always `error`.
     """
+    for adapter in report["adapters"]:
+        if problem := _contradictory_verdict(adapter):
+            return f"adapter {json.dumps(adapter['name'])[:200]} {problem}"
     verdicts = Counter(adapter["verdict"] for adapter in report["adapters"])
     accepted = sum(bool(adapter.get("accepted")) for adapter in report["adapters"] if adapter["verdict"] == "failed")
     counts = {verdict: verdicts[verdict] for verdict in _VERDICTS}

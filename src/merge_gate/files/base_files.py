@@ -17,7 +17,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,6 +56,7 @@ _CHUNK_BYTES = 1 << 20
 _MAX_CARD_BYTES = 100_000
 _BASE_IN_CARD = re.compile(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?([\w.-]+/[\w.-]+)[\"']?[ \t]*$", re.MULTILINE)
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "half", "float", "double")
+_SAME_DTYPES = {"half": "float16", "float": "float32", "double": "float64"}
 _DTYPE_ALIASES = {"fp16": "float16", "f16": "float16", "bf16": "bfloat16", "fp32": "float32", "f32": "float32"} | {
     f"torch.{name}": name for name in _DTYPES
 }
@@ -183,6 +184,7 @@ def read_base(
         original=original,
         auto_dtype=_auto_dtype(config, name),
         is_float32=(config.get("dtype") or config.get("torch_dtype")) == "float32",
+        config_dtypes=tuple(dict.fromkeys(_dtypes_named(config))),
         findings=(*different, *of_formats),
         notes=tuple(note.findings),
         is_streamed=not has_values,
@@ -410,6 +412,14 @@ def _original(directory: str) -> str | None:
     head = card.split("---", 2)[1] if card.startswith("---") and card.count("---") > 1 else ""
     match = _BASE_IN_CARD.search(head)
     return match[1] if match else None
+
+
+def _dtypes_named(config: Mapping[str, Any]) -> Iterator[str]:
+    """The dtypes of a config and of its parts, in torch's words."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for dtype in part.values():  # also of a table of dtypes
+            if isinstance(dtype, str) and dtype in _DTYPES:
+                yield _SAME_DTYPES.get(dtype, dtype)
 
 
 def _auto_dtype(config: Mapping[str, Any], name: str) -> Finding | None:

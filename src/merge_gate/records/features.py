@@ -5,7 +5,8 @@ It is the only way to a feature. A module is imported when a run asks for it, an
 `declared` has options, keys, fields, and messages. Every start of the command line imports it, so it imports little.
 `feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `command` is a command
 (cli/parser.py), and `checks` a folder of checks (judging/checks/table.py). `directory` recognizes the directories that
-a feature made (features/publish). `records` travel between the processes (worker/channel.py). `feed`
+a feature made (features/publish). `records` has the type of its settings in the worker, and of what it adds to the
+evidence (worker/encoding.py). `feed`
 reads a base in the worker, by calls of `feed_service` in the parent (worker/call_service.py), and `load` loads a base
 from a feed. `batches` are the adapters that `passes` merges together. `api` has a function of the Python interface.
 `release` measures a finished model that cannot be compared bit for bit (features/verify).
@@ -29,7 +30,13 @@ FEATURES: dict[str, dict[str, str]] = {
         "passes": "passes",
     },
     "shards": {"declared": "declared", "feature": "feature", "command": "combine_command"},
-    "publish": {"declared": "declared", "consumer": "consumer", "directory": "manifest", "feature": "feature"},
+    "publish": {
+        "declared": "declared",
+        "records": "calls",
+        "consumer": "consumer",
+        "directory": "manifest",
+        "feature": "feature",
+    },
     "cache": {"declared": "declared", "feature": "feature"},
     "forward": {"declared": "declared", "feature": "feature", "consumer": "consumer", "checks": "checks"},
     "ray": {"declared": "declared", "feature": "feature"},

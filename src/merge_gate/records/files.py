@@ -143,6 +143,7 @@ class BaseFiles:
         original: the unquantized base that the files name, if they name one.
         auto_dtype: what keeps the base from being loaded with dtype `auto`; None if nothing does.
         is_float32: whether dtype `auto` is float32, because config.json says so.
+        config_dtypes: the dtypes that config.json names, for the whole model or for a part.
         findings: what keeps adapters from being judged on this base: `base-inconsistent`, `base-incomplete`,
             `base-format`. The first one is the cause.
         notes: what is worth reporting if every parameter of the loaded model has a source.
@@ -161,6 +162,7 @@ class BaseFiles:
     original: str | None = None
     auto_dtype: Finding | None = None
     is_float32: bool = False
+    config_dtypes: tuple[str, ...] = ()
     findings: tuple[Finding, ...] = ()
     notes: tuple[Finding, ...] = ()
     is_streamed: bool = False

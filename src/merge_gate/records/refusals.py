@@ -42,7 +42,8 @@ class Caught:
         return f"{self.kinds[0]}: {self.text}"
 
 
-Fact = str | float | bool | None | Caught | Pattern | tuple["Fact", ...]
+_Single = str | float | bool | None | Caught | Pattern
+Fact = _Single | tuple[_Single | tuple[_Single, ...], ...]
 
 
 @record

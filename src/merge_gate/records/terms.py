@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field
 from enum import StrEnum
-from typing import Any, NoReturn, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 _T = TypeVar("_T")
 
@@ -39,14 +39,7 @@ AS_MERGED = "as-merged"
 """The dtype of merges that are only compared: each tensor has that of the merge."""
 
 
-class SealedEnum(StrEnum):
-    """An enumeration whose members a pickle can name and not change: the worker sends pickles."""
-
-    def __setstate__(self, _: object) -> NoReturn:
-        raise TypeError("an enumeration has no state")
-
-
-class FailureKind(SealedEnum):
+class FailureKind(StrEnum):
     """What a failure means."""
 
     BROKEN = "broken"
@@ -55,7 +48,7 @@ class FailureKind(SealedEnum):
     UNEXPECTED = "unexpected"
 
 
-class Severity(SealedEnum):
+class Severity(StrEnum):
     """The severity of a finding. An error fails the adapter. A note changes nothing."""
 
     ERROR = "error"
@@ -64,7 +57,7 @@ class Severity(SealedEnum):
     OFF = "off"
 
 
-class Origin(SealedEnum):
+class Origin(StrEnum):
     """The place of a fault."""
 
     FILE = "file"
@@ -76,7 +69,7 @@ class Origin(SealedEnum):
     RUNTIME = "runtime"
 
 
-class Verdict(SealedEnum):
+class Verdict(StrEnum):
     """The verdict on one adapter."""
 
     PASSED = "passed"
@@ -84,7 +77,7 @@ class Verdict(SealedEnum):
     ERROR = "error"
 
 
-class Result(SealedEnum):
+class Result(StrEnum):
     """The result of a run."""
 
     PASS = "pass"  # noqa: S105 - a verdict, not a password
@@ -92,7 +85,7 @@ class Result(SealedEnum):
     ERROR = "error"
 
 
-class Acceptance(SealedEnum):
+class Acceptance(StrEnum):
     """The outcome of one acceptance of a baseline."""
 
     USED = "used"
@@ -102,7 +95,7 @@ class Acceptance(SealedEnum):
     UNMATCHED = "matches nothing"
 
 
-class Quantization(SealedEnum):
+class Quantization(StrEnum):
     """How the base is quantized when it is loaded."""
 
     NONE = "none"
@@ -110,7 +103,7 @@ class Quantization(SealedEnum):
     BNB_4BIT = "bnb-4bit"
 
 
-class Access(SealedEnum):
+class Access(StrEnum):
     """How the weights of a base on the Hub are read: downloaded, by ranges, or by ranges if the disk is too small."""
 
     AUTO = "auto"
@@ -118,7 +111,7 @@ class Access(SealedEnum):
     STREAM = "stream"
 
 
-class Read(SealedEnum):
+class Read(StrEnum):
     """How much of a base is read: all of it, or what adapters touch if an earlier run has read all of it."""
 
     AUTO = "auto"
@@ -126,7 +119,7 @@ class Read(SealedEnum):
     TOUCHED = "touched"
 
 
-class ForwardMode(SealedEnum):
+class ForwardMode(StrEnum):
     """Whether base and adapter are run as models: if it can matter, never, or without it there is no verdict."""
 
     AUTO = "auto"

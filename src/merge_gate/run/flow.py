@@ -38,7 +38,7 @@ from merge_gate.run.groups import group_by_base, headers_timeout_s, placed, refu
 from merge_gate.run.selection import inputs_of, select
 from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.verdict_key import device_name
-from merge_gate.run.verdicts import Verdicts
+from merge_gate.run.verdicts import Verdicts, senseless
 from merge_gate.run.view import View
 from merge_gate.worker import protocol
 from merge_gate.worker.device import has_card, why_no_card
@@ -144,7 +144,13 @@ class Run:
                 raise GateError(error.message, hint=error.hint) from error
             self._merge()  # 4
             self._finish()  # 5
-            return self.writer.finish(self.report(complete=True))
+            try:
+                return self.writer.finish(self.report(complete=True))
+            except (GateError, OSError):  # of the disk
+                raise
+            except Exception as error:  # noqa: BLE001 - a worker may have sent what the report cannot show
+                self.verdicts.refuse_unshowable(error)
+                return self.writer.finish(self.report(complete=True))
 
     def prepare(self) -> None:
         """Stages 1 to 3."""
@@ -280,7 +286,18 @@ class Run:
         )
         supervise(job, self._on_event, self.worker, [feature.service for feature in self.features.values()])
 
-    def _on_event(self, event: Event) -> None:  # noqa: C901, PLR0912 - a case for each event
+    def _on_event(self, event: Event) -> None:
+        """Act on an event. The worker may be in the hands of a base's own code, so its evidence may make no sense."""
+        try:
+            self._act_on(event)
+        except (GateError, OSError):  # of the disk or the terminal
+            raise
+        except Exception as error:  # of values that make no sense
+            if not isinstance(event, protocol.Merged | protocol.Unjudged):
+                raise  # it ends the worker
+            self.verdicts.refuse(event.task, senseless(error))
+
+    def _act_on(self, event: Event) -> None:  # noqa: C901, PLR0912 - a case for each event
         for feature in self.features.values():
             feature.received(event)
         match event:

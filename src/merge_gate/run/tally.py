@@ -88,6 +88,10 @@ class Tally:
         use = (index, self.entries[index].spec.name if self.entries else "")
         self._bases[directory, base] = min(use, self._bases.get((directory, base), use))
 
+    def forget(self, bases: Collection[BaseKey]) -> None:
+        """List these bases no more."""
+        self._bases = {place: use for place, use in self._bases.items() if place[1].key not in bases}
+
     def _with_digests(self, directory: str, base: BaseReport) -> BaseReport:
         """Without digests if this run has read a part of a base, and the Hub lists the digests of the whole."""
         if base.record is not None and self._watch.is_only_listed(directory):

@@ -5,13 +5,16 @@ In: entries of a run, and their evidence or the reason why there is none. Out: r
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from merge_gate._internal.errors import GateError
 from merge_gate.files.base_watch import base_directory
 from merge_gate.judging import adapter_report
-from merge_gate.records.refusals import NotJudged, Refusal
-from merge_gate.records.report import AdapterReport, BaseReport
+from merge_gate.records.refusals import NotJudged, Refusal, log_of
+from merge_gate.records.report import AdapterReport, BaseReport, Report
 from merge_gate.records.terms import Origin, Verdict
+from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.run.verdict_key import keyed
 from merge_gate.run.view import HourlyLog
 from merge_gate.worker.pinned import base_changed, base_silent
@@ -85,7 +88,23 @@ class Verdicts:
             reports = run.tally.reports
             failed = sum(report.verdict is Verdict.FAILED for report in reports.values())
             run.view.note(self._hourly.line(len(reports), len(run.tally.entries), failed))
-        run.writer.catch_up(run.report, at_once=at_once)
+        try:
+            run.writer.catch_up(run.report, at_once=at_once)
+        except (GateError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 - as above
+            self.refuse_unshowable(error)
+
+    def refuse_unshowable(self, error: Exception) -> None:
+        """Refuse what the report cannot show: a worker may have sent it."""
+        run = self._run
+        unshowable = {
+            base.key for base in run.report().bases if not _is_shown(replace(run.report(), adapters=(), bases=(base,)))
+        }
+        run.tally.forget(unshowable)
+        for index, report in list(run.tally.reports.items()):
+            if report.base in unshowable or not _is_shown(replace(run.report(), adapters=(report,), bases=())):
+                self.refuse(index, senseless(error))
 
     def add_keys(self) -> None:
         """Add the keys of verdicts on bases whose digests are known by now; a digest may take longer than a merge."""
@@ -96,12 +115,21 @@ class Verdicts:
             if run.watch.digest(directory) is None:
                 continue
             del self._without_key[index]
-            content = run.watch.content(directory) if run.watch.is_unchanged(index) else None
-            made = keyed(entry, judged, content, self.device, run.config.trusts) if content is not None else None
-            if made is not None:
-                run.tally.set_report(index, made[0])
-                for feature in run.features.values():
-                    feature.decided(made[0], base, made[1])
+            try:
+                self._add_key(index, entry, judged, base)
+            except (GateError, OSError):
+                raise
+            except Exception as error:  # noqa: BLE001 - what the worker sent of this adapter cannot be cached
+                self.refuse(index, senseless(error))
+
+    def _add_key(self, index: int, entry: Entry, judged: AdapterReport, base: BaseReport) -> None:
+        run = self._run
+        content = run.watch.content(base_directory(entry)) if run.watch.is_unchanged(index) else None
+        made = keyed(entry, judged, content, self.device, run.config.trusts) if content is not None else None
+        if made is not None:
+            run.tally.set_report(index, made[0])
+            for feature in run.features.values():
+                feature.decided(made[0], base, made[1])
 
     def withdraw_void(self) -> None:
         """Replace the verdicts on bases that changed during the run. An entry without a verdict keeps its reason."""
@@ -115,6 +143,23 @@ class Verdicts:
                 run.tally.set_report(index, withdrawn(run.tally.entries[index], run.watch))
             error = why_void(run.tally.entries[judged[0]], run.watch)
             run.view.note(f"{error.message}; the verdicts on it are withdrawn")
+
+
+def senseless(error: Exception) -> NotJudged:
+    """The reason why there is no verdict on an adapter whose evidence cannot be judged, shown, or cached."""
+    message = f"what the gate's worker process sent of this adapter makes no sense: {type(error).__name__}: {error}"
+    hint = "if the base has code of its own, use one without; if not, this is a bug of merge-gate: please report it"
+    return NotJudged(message=message[:400], hint=hint, log=log_of(error))
+
+
+def _is_shown(report: Report) -> bool:
+    """Whether every format can be made of a report."""
+    try:
+        for render in FORMATS.values():
+            render(report).encode()
+    except Exception:  # noqa: BLE001 - of values that make no sense
+        return False
+    return True
 
 
 def withdrawn(entry: Entry, watch: BaseWatch) -> AdapterReport:

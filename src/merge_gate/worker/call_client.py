@@ -10,7 +10,8 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 
 from merge_gate._internal.errors import SourceError
-from merge_gate.worker.channel import CallChannel, GarbledError
+from merge_gate.worker.channel import CallChannel
+from merge_gate.worker.encoding import GarbledError
 from merge_gate.worker.protocol import Answer
 
 

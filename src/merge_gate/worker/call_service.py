@@ -5,7 +5,9 @@ In: calls of the worker, which is not trusted, over several channels. Out: what 
 
 from __future__ import annotations
 
+import functools
 import mmap
+import operator
 import os
 import threading
 import time
@@ -15,8 +17,9 @@ from typing import Any
 from merge_gate._internal.errors import GateError
 from merge_gate.files.feed import PIECE_BYTES
 from merge_gate.records.refusals import NotJudged
-from merge_gate.worker.channel import CallChannel, GarbledError
-from merge_gate.worker.protocol import Answer
+from merge_gate.worker.channel import CallChannel, limits_of
+from merge_gate.worker.encoding import GarbledError
+from merge_gate.worker.protocol import Answer, Job
 
 CALL_CHANNELS = 4
 """Calls that are answered at a time."""
@@ -32,7 +35,7 @@ class InvalidCallError(Exception):
 class Service:
     """Carries out the calls of one worker process for a feature. Several threads call it.
 
-    `calls` are the classes of its calls, whose fields may have any type.
+    `calls` are the records of its calls.
     """
 
     calls: tuple[type, ...]
@@ -55,10 +58,11 @@ class Service:
 class CallService:
     """Answers the calls of one worker process from `start` until `close`."""
 
-    def __init__(self, services: Sequence[Service]) -> None:
+    def __init__(self, services: Sequence[Service], job: Job | None = None) -> None:
         self._services = services
         self._answers = {call: service.answer for service in services for call in service.calls}
-        pairs = [CallChannel.pair(self._answers) for _ in range(CALL_CHANNELS)]
+        calls = functools.reduce(operator.or_, self._answers)
+        pairs = [CallChannel.pair(calls, limits_of(job)) for _ in range(CALL_CHANNELS)]
         self.channels, self._of_worker = zip(*pairs, strict=True)
         self._threads = [threading.Thread(target=self._serve, args=(each,), daemon=True) for each in self.channels]
 
@@ -102,11 +106,8 @@ class CallService:
 
     def _answered(self, call: object, memory: memoryview) -> tuple[NotJudged | None, Sequence[int]]:
         """Carry out a call. Returns why that was not possible, and the open files that the worker gets."""
-        answer = self._answers.get(type(call))
-        if answer is None:
-            raise InvalidCallError
         try:
-            return None, answer(call, memory)
+            return None, self._answers[type(call)](call, memory)
         except InvalidCallError:
             raise
         except GateError as error:

@@ -1,29 +1,24 @@
 """Sends and receives whole messages between the run and its worker, over pairs of sockets, also with bytes and files.
 
-A base's own code may write to the worker's end. So only records and their enumerations are unpickled, whose
-`__setstate__` keeps a pickle from changing the classes. One that names another class, or is too large, is refused.
+A base's own code may write to the worker's end. So only data is read (encoding.py), within limits.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
 import os
-import pickle
 import select
 import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Sequence
+from typing import Any
 
 from merge_gate.files.feed import PIECE_BYTES
-from merge_gate.records import config, files, measured, refusals, report, terms
-from merge_gate.records.features import FEATURES, module_name
-from merge_gate.worker import protocol
+from merge_gate.worker.encoding import GarbledError, Limits, decoded, encoded
+from merge_gate.worker.protocol import Answer, Event, Job, PickleListed, PickleNamed
 
 _LENGTH = struct.Struct("!Q")
 _CHUNK_BYTES = 1 << 20
@@ -31,38 +26,37 @@ _CHUNK_BYTES = 1 << 20
 MOST_FILES = 253
 """The kernel's limit (SCM_MAX_FD)."""
 
-MAX_BYTES = 1 << 28
-"""Messages that declare a larger size are refused."""
+LEAST, MOST, OF_A_TENSOR = Limits(16 << 20, 2 << 20), Limits(64 << 20, 4 << 20), Limits(2048, 64)
+"""What a message to the parent may take, by the tensors of a job. The figures of a tensor have about 300 bytes and 30
+values. The largest message makes the parent take about 600 MiB for less than a second."""
+
+CALL_SHARE = 4
+"""A call may take a fourth of that: several come at a time."""
+
+FROM_WORKER = Event | PickleListed
+TO_WORKER = Job | PickleNamed
 
 
-def _records_in(*modules: ModuleType) -> dict[tuple[str, str], type]:
-    return {
-        (cls.__module__, cls.__qualname__): cls
-        for module in modules
-        for cls in vars(module).values()
-        if isinstance(cls, type) and cls.__module__ == module.__name__ and hasattr(cls, "__setstate__")
-        if not issubclass(cls, Exception)
-    }
-
-
-_RECORDS = _records_in(terms, config, files, measured, refusals, report, protocol)
-_OF_FEATURES = frozenset(module_name(name, "records") for name, places in FEATURES.items() if "records" in places)
-"""Modules of further records."""
-
-
-class GarbledError(Exception):
-    """The received bytes are not a message."""
+def limits_of(job: Job | None) -> Limits:
+    """How large the messages from a worker with this job may be. None: it has none yet."""
+    tensors = 0
+    for group in job.groups if job is not None else ():
+        own = sum(len(file.tensors) for task in group.tasks for file in task.files)
+        tensors += len(group.files.tensors) + own
+    return Limits(
+        *(min(least + each * tensors, most) for least, each, most in zip(LEAST, OF_A_TENSOR, MOST, strict=True))
+    )
 
 
 class Channel:
-    """One end of the connection, which takes at most so many open files with a message: the parent takes none.
+    """One end of the connection, which receives these records, and with each at most so many open files.
 
-    `calls` are further records, which messages may be.
+    The parent takes no files, and sets `limits`.
     """
 
-    def __init__(self, end: socket.socket, most_files: int = 0, calls: Iterable[type] = ()) -> None:
-        self._socket, self._most_files = end, most_files
-        self._classes = _RECORDS | {(cls.__module__, cls.__qualname__): cls for cls in calls}
+    def __init__(self, end: socket.socket, receives: Any = TO_WORKER, most_files: int = 0) -> None:
+        self._socket, self._receives, self._most_files = end, receives, most_files
+        self.limits: Limits | None = None
         self._received, self._files = bytearray(), list[int]()
         self._sending = threading.Lock()
 
@@ -74,8 +68,12 @@ class Channel:
 
         Raises:
             OSError: the other side is gone.
+            EncodingError: the record cannot be sent.
         """
-        data = pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL)
+        self.send_encoded(encoded(message), files)
+
+    def send_encoded(self, data: bytes, files: Sequence[int] = ()) -> None:
+        """`send`, with the bytes of a record."""
         data = _LENGTH.pack(len(data)) + data
         with self._sending:  # several threads report what they work on
             for start in range(0, len(files), MOST_FILES):  # each with a byte of the message
@@ -89,7 +87,7 @@ class Channel:
         Raises:
             EOFError: the other side is gone.
             OSError: the other side is gone in the middle of a message.
-            GarbledError: the message is not a record.
+            GarbledError: the message is none of the records that this end receives.
         """
         deadline = None if patience_s is None else time.monotonic() + patience_s
         while (message := self._complete_message()) is None:
@@ -101,6 +99,8 @@ class Channel:
             if not part:
                 raise EOFError
             self._received += part
+            if left_s == 0.0:  # the other side may send each byte by itself
+                return self._complete_message()
         return message
 
     def taken_files(self) -> list[int]:
@@ -121,17 +121,14 @@ class Channel:
         if len(self._received) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._received)
-        if length > MAX_BYTES:
+        if self.limits is not None and length > self.limits.bytes:
             raise GarbledError(f"a message of {length:,} bytes")
         end = _LENGTH.size + length
         if len(self._received) < end:
             return None
         data = bytes(self._received[_LENGTH.size : end])
         del self._received[:end]
-        try:
-            message: object = _RecordUnpickler(data, self._classes).load()
-        except Exception as error:
-            raise GarbledError(f"{type(error).__name__}: {error}"[:200]) from error
+        message: object = decoded(data, self._receives, self.limits)
         return message
 
 
@@ -141,23 +138,25 @@ class CallChannel(Channel):
     The bytes are in memory that both ends share.
     """
 
-    def __init__(self, end: socket.socket, window: int, most_files: int = 0, calls: Iterable[type] = ()) -> None:
-        super().__init__(end, most_files, calls)
+    def __init__(self, end: socket.socket, window: int, receives: Any, most_files: int = 0) -> None:
+        super().__init__(end, receives, most_files)
         self.window = window
 
     @classmethod
-    def pair(cls, calls: Iterable[type]) -> tuple[CallChannel, CallChannel]:
+    def pair(cls, calls: Any, limits: Limits) -> tuple[CallChannel, CallChannel]:
         """The parent's end of a new channel for `calls`, and the other one. Neither can change the memory's size."""
         window = os.memfd_create("merge-gate-call", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(window, PIECE_BYTES)
         fcntl.fcntl(window, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
         own, other = socket.socketpair()
-        return cls(own, window, calls=calls), cls(other, os.dup(window), MOST_FILES)
+        parents = cls(own, window, calls)
+        parents.limits = Limits(limits.bytes // CALL_SHARE, limits.values // CALL_SHARE)
+        return parents, cls(other, os.dup(window), Answer, MOST_FILES)
 
     @classmethod
     def of(cls, socket_descriptor: int, window: int) -> CallChannel:
         """The end that a process got as these descriptors."""
-        return cls(socket.socket(fileno=socket_descriptor), window, MOST_FILES)
+        return cls(socket.socket(fileno=socket_descriptor), window, Answer, MOST_FILES)
 
     def detached(self) -> tuple[int, int]:
         """The descriptors of this end. The caller closes them, and nothing else of this end is used any more."""
@@ -177,15 +176,3 @@ class CallChannel(Channel):
     def close(self) -> None:
         super().close()
         os.close(self.window)
-
-
-class _RecordUnpickler(pickle.Unpickler):
-    def __init__(self, data: bytes, classes: Mapping[tuple[str, str], type]) -> None:
-        super().__init__(io.BytesIO(data))
-        self._classes = classes
-
-    def find_class(self, module: str, name: str) -> type:
-        classes = _records_in(import_module(module)) if module in _OF_FEATURES else self._classes
-        if (module, name) not in classes:
-            raise pickle.UnpicklingError(f"{module}.{name} is not a record")
-        return classes[module, name]

@@ -27,6 +27,7 @@ from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox
 from merge_gate.worker.channel import MOST_FILES, Channel
 from merge_gate.worker.device import cpu_name, why_no_card
+from merge_gate.worker.encoding import EncodingError
 from merge_gate.worker.pinned import pinned_directory
 from merge_gate.worker.protocol import (
     BaseLoading,
@@ -40,6 +41,7 @@ from merge_gate.worker.protocol import (
     PickleListed,
     PickleNamed,
     Unjudged,
+    refusal_of,
     undecided,
 )
 from merge_gate.worker.quick_imports import quick_imports
@@ -53,7 +55,7 @@ _ENGINE = "merge_gate.engine.adapter_evidence"
 
 def main(descriptor: int) -> None:
     """Entry point of the process: confine itself, import, list pickles, read a job, send events, exit with 0."""
-    channel = Channel(socket.socket(fileno=descriptor), MOST_FILES)
+    channel = Channel(socket.socket(fileno=descriptor), most_files=MOST_FILES)
     sandbox = confine(Path.cwd())
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when to stop
     _import_engine()
@@ -67,7 +69,7 @@ def main(descriptor: int) -> None:
     threading.Thread(target=_leave_with_parent, args=(channel,), daemon=True).start()
     try:
         for event in judge_job(job, channel.send, sandbox, _client(channel.taken_files())):
-            channel.send(event)
+            _send(channel, event)
     except CardError as error:  # the last line of the output
         sys.stderr.write(f"{error}\n")
         os._exit(1)
@@ -75,6 +77,16 @@ def main(descriptor: int) -> None:
     channel.close()
     sys.stdout.flush()
     os._exit(0)  # libraries' exit handlers have nothing to add, and take seconds
+
+
+def _send(channel: Channel, event: Event) -> None:
+    """Send an event. A merge whose evidence cannot be sent could not be judged."""
+    try:
+        channel.send(event)
+    except EncodingError as error:
+        if not isinstance(event, Merged):
+            raise
+        channel.send(Unjudged(task=event.task, refusal=refusal_of(error)))
 
 
 def _import_engine() -> None:

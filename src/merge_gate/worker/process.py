@@ -14,13 +14,14 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker import protocol
-from merge_gate.worker.channel import Channel, GarbledError
+from merge_gate.worker.channel import FROM_WORKER, Channel, limits_of
+from merge_gate.worker.encoding import EncodingError, GarbledError, encoded
 from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
 from merge_gate.worker.private_directory import private_directory
 from merge_gate.worker.protocol import DEFAULT_TIMEOUT_S, Event, Job
@@ -76,12 +77,14 @@ class WorkerProcess(contextlib.ExitStack):
         self._memory = MemoryGroup()
         self._kills_before = self._memory.kills()
         own_socket, child_socket = socket.socketpair()
-        self._channel = Channel(own_socket)
+        self._channel = Channel(own_socket, FROM_WORKER)
+        self._channel.limits = limits_of(None)
         self.callback(self._channel.close)
         self._services = self.enter_context(contextlib.ExitStack())  # they end after the process
         self._process = _start(child_socket.fileno(), self._output, directory)
         child_socket.close()
         self.callback(_stop, self._process)
+        self.enter_context(_stopping_together(self._process))
 
     def read_pickle(self, path: str) -> protocol.PickleListed:
         """Ask for the tensors of a pickled file. Without an answer, the refusal is how the process ended."""
@@ -100,9 +103,11 @@ class WorkerProcess(contextlib.ExitStack):
 
     def run(self, attempt: Attempt, services: Services = ()) -> NotJudged | None:
         """Send the job and pass on its events. None if the process finished, or how it ended."""
-        ends = self._answered([made for service in services if (made := service(attempt.job)) is not None])
+        data = _encoded_job(attempt)
+        self._channel.limits = limits_of(attempt.job)
+        ends = self._answered([made for service in services if (made := service(attempt.job)) is not None], attempt.job)
         try:
-            finished = _converse(self._channel, attempt, ends)
+            finished = _converse(self._channel, data, attempt, ends)
         except GarbledError as error:
             _stop(self._process)
             return NotJudged(message=f"it sent something that is not an event of the gate ({error})", hint=_GARBLED)
@@ -113,13 +118,13 @@ class WorkerProcess(contextlib.ExitStack):
             return None
         return describe_exit(code, self._output, out_of_memory=self._memory_ran_out(code))
 
-    def _answered(self, services: Sequence[Service]) -> Sequence[int]:
+    def _answered(self, services: Sequence[Service], job: Job) -> Sequence[int]:
         """Let these services answer calls. Returns the process's ends of the channels."""
         if not services:
             return ()
         from merge_gate.worker.call_service import CallService  # noqa: PLC0415 - few jobs have calls
 
-        calls = CallService(services)
+        calls = CallService(services, job)
         self._services.callback(calls.close)
         return calls.start()
 
@@ -164,7 +169,32 @@ def _start(descriptor: int, output: IO[bytes], directory: str) -> subprocess.Pop
         stderr=output,
         cwd=directory,
         env=child_environment(os.environ) | caches(directory),
+        start_new_session=True,  # no terminal is its own
     )
+
+
+@contextlib.contextmanager
+def _stopping_together(child: subprocess.Popen[bytes]) -> Iterator[None]:
+    """A `with` block in which Ctrl-Z stops the process with this one, and `fg` continues both.
+
+    It is in another session, so it does not get the terminal's signals. At the others, this process ends it.
+    """
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTSTP) != signal.SIG_DFL:
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        child.send_signal(signal.SIGSTOP)
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTSTP)  # until `fg`
+        signal.signal(signal.SIGTSTP, stop)
+        child.send_signal(signal.SIGCONT)
+
+    signal.signal(signal.SIGTSTP, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTSTP, signal.SIG_DFL)
 
 
 def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -178,13 +208,28 @@ def child_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return SLEEPING_THREADS | REUSE | env | OFFLINE
 
 
-def _converse(channel: Channel, attempt: Attempt, ends: Sequence[int]) -> bool:
+def _encoded_job(attempt: Attempt) -> bytes:
+    """The job as bytes, without the tasks that cannot be sent: they are reported."""
+    try:
+        return encoded(attempt.job)
+    except EncodingError:
+        for task in [task for group in attempt.job.groups for task in group.tasks]:
+            try:
+                encoded(task)
+            except EncodingError as error:
+                attempt.refuse(
+                    task.index, NotJudged(message=f"the gate's worker process cannot get it: {error}", hint=_BUG)
+                )
+        return encoded(attempt.job)
+
+
+def _converse(channel: Channel, data: bytes, attempt: Attempt, ends: Sequence[int]) -> bool:
     """Send the job, and pass on every event. False if the process ended before its last one, or is overdue.
 
     Raises:
         GarbledError: the process sent something else.
     """
-    sending = threading.Thread(target=_send, args=(channel, attempt.job, ends), daemon=True)
+    sending = threading.Thread(target=_send, args=(channel, data, ends), daemon=True)
     sending.start()  # a stopped process does not read
     patience_s = 0.0  # the process imports, or reads the job: time for what the listener does meanwhile
     while not attempt.is_overdue():
@@ -201,9 +246,9 @@ def _converse(channel: Channel, attempt: Attempt, ends: Sequence[int]) -> bool:
     return False
 
 
-def _send(channel: Channel, job: Job, ends: Sequence[int]) -> None:
+def _send(channel: Channel, data: bytes, ends: Sequence[int]) -> None:
     with contextlib.suppress(OSError):  # the process is gone, and `receive` raises
-        channel.send(job, ends)
+        channel.send_encoded(data, ends)
     for descriptor in ends:
         os.close(descriptor)
 

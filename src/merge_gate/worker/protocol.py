@@ -1,6 +1,6 @@
 """The messages between a run and its worker process: one `Job` to the worker, events back.
 
-All are picklable records. Both sides import this module; it imports no torch.
+All are records. Both sides import this module; it imports no torch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, Stor
 from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseFigures, Evidence, MeasureOptions
 from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal, log_of
 from merge_gate.records.report import Sandbox
-from merge_gate.records.terms import BaseKey, record
+from merge_gate.records.terms import DTYPES, BaseKey, Quantization, record
 
 DEFAULT_TIMEOUT_S = 600.0
 """The time limit of the imports, and of a load or merge of a tiny base."""
@@ -25,7 +25,18 @@ ALONE, TOGETHER, SUSPECTED = range(3)
 """How a pass merges an adapter: by itself, with the others, or with those that were in progress with it when a pass
 died. The passes have this order."""
 
-_PACKED_BY_BITSANDBYTES = frozenset({"bitsandbytes_4bit", "bitsandbytes_8bit"})
+PACKED = {"bitsandbytes_4bit": Quantization.BNB_4BIT, "bitsandbytes_8bit": Quantization.BNB_8BIT}
+"""The methods that bitsandbytes declares, and how the loaded base is quantized."""
+
+_FLOATS = {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+"""safetensors' names of the dtypes that a model can have, and torch's."""
 
 
 @record
@@ -104,6 +115,28 @@ class Group:
     base_run: str = ""
     tasks: tuple[Task, ...]
 
+    def allows(self, facts: BaseFacts) -> bool:
+        """Whether a base that a worker has loaded can be this one, by what the job asks for and its files have."""
+        if (facts.model, facts.revision) != (self.base.name, self.base.revision):
+            return False
+        return self._allows_quantization(facts.quantization) and self._allows_dtype(facts)
+
+    def _allows_quantization(self, loaded: str) -> bool:
+        declared = self.files.quantization
+        if self.base.is_quantized or declared is None:
+            return loaded == self.base.quantization
+        allowed = {Quantization.NONE, PACKED.get(declared.method, declared.method), declared.method.replace("-", "_")}
+        return allowed.issuperset(loaded.split(", "))
+
+    def _allows_dtype(self, facts: BaseFacts) -> bool:
+        asked, declared = self.base.dtype, self.files.quantization
+        if asked != "auto" and declared is None:  # a class may keep most of its parameters in another one
+            return asked in {facts.dtype, *(dtype for dtype, _ in facts.dtypes)} or facts.dtype == self.plain_dtype
+        stored = {_FLOATS[tensor.dtype] for tensor in self.files.tensors if tensor.dtype in _FLOATS}
+        named = {*stored, *self.files.config_dtypes}
+        is_open = self.base.is_quantized or declared is not None or not named
+        return facts.dtype in named | ({*DTYPES, self.plain_dtype} if is_open else {"float32"})
+
     @property
     def in_passes(self) -> bool:
         """Whether several adapters are merged in one pass over the base's files."""
@@ -117,7 +150,7 @@ class Group:
         and no record of the base is kept.
         """
         declared = self.files.quantization
-        is_stored_packed = declared is not None and declared.method in _PACKED_BY_BITSANDBYTES
+        is_stored_packed = declared is not None and declared.method in PACKED
         dtypes = {
             next((consumer.plain_dtype for consumer in task.consumers if consumer.plain_dtype), None)
             for task in self.tasks

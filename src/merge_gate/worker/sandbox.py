@@ -4,24 +4,28 @@
 its own directory, /dev/null, files that the parent opened for it, and what a GPU's driver needs. Call `confine` before
 torch is imported and before any thread starts: a running thread is not restricted.
 
-1. Landlock restricts writes.                   https://docs.kernel.org/userspace-api/landlock.html
+1. Landlock restricts writes, and terminals.    https://docs.kernel.org/userspace-api/landlock.html
 2. A seccomp filter refuses system calls.       https://docs.kernel.org/userspace-api/seccomp_filter.html
    Network: only Unix sockets, without connecting them, and no io_uring (which bypasses filters).
-   Processes: only threads. No new program, and no tracing, reading, or signaling of another process.
+   Processes: only threads. No new program. No tracing, reading, limiting, or signaling of another process, and no
+   memory, queue, or key that processes share. The process ends with its parent, and cannot change that.
+   Terminals: no input for the caller's shell. The process has a session of its own (process.py).
    Files: calls that change modes, owners, times, and attributes, which Landlock does not cover, do nothing and report
    success. Libraries copy files with their modes, and would fail otherwise.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
 import platform
+import re
 import resource
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +68,10 @@ def confine(directory: Path, devices: Iterable[str] = DEVICES) -> Sandbox:
     _drop_capabilities()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     sandbox = _try(sandbox, ("files",), lambda: restrict_writes(_writable(directory, devices)), "Landlock")
-    return _try(sandbox, ("network", "processes"), refuse_calls, "seccomp")
+    sandbox = _try(sandbox, ("network", "processes"), refuse_calls, "seccomp")
+    if "files" in sandbox.held and (why := why_terminals_are_read()):
+        sandbox = replace(sandbox, missing=(*sandbox.missing, f"terminals: what is typed can be read ({why})"))
+    return sandbox
 
 
 def limit(sandbox: Sandbox, job: Job, device: str) -> Sandbox:
@@ -132,12 +139,12 @@ def _error() -> OSError:
 _CREATE, _ADD_RULE, _RESTRICT = 444, 445, 446  # the same numbers on every architecture
 _VERSION, _PATH_BENEATH = 1, 1
 
-_WRITE_FILE, _TRUNCATE = 1 << 1, 1 << 14
+_WRITE_FILE, _READ_FILE, _TRUNCATE, _IOCTL_DEVICE = 1 << 1, 1 << 2, 1 << 14, 1 << 15
 _MAKE_AND_REMOVE = sum(1 << bit for bit in range(4, 13))
 _REFER = 1 << 13
 _TCP = 1 << 0 | 1 << 1  # bind, connect
 _OUTSIDE = 1 << 0 | 1 << 1  # abstract sockets of others, signals to others
-_SINCE = {"refer": 2, "truncate": 3, "tcp": 4, "scopes": 6}
+_SINCE = {"refer": 2, "truncate": 3, "tcp": 4, "ioctl": 5, "scopes": 6}
 """The version of Landlock that introduced each restriction."""
 
 
@@ -151,24 +158,65 @@ def restrict_writes(allowed: Iterable[Path]) -> None:
     writes = _WRITE_FILE | _MAKE_AND_REMOVE
     writes |= _REFER if version >= _SINCE["refer"] else 0
     writes |= _TRUNCATE if version >= _SINCE["truncate"] else 0
+    writes |= _IOCTL_DEVICE if version >= _SINCE["ioctl"] else 0
+    reads = 0 if why_terminals_are_read() else _READ_FILE
     tcp = _TCP if version >= _SINCE["tcp"] else 0
     scopes = _OUTSIDE if version >= _SINCE["scopes"] else 0
-    restrictions = struct.pack("=QQQ", writes, tcp, scopes)
+    restrictions = struct.pack("=QQQ", writes | reads, tcp, scopes)
     rules = _call(_CREATE, restrictions, ctypes.c_size_t(len(restrictions)), 0)
     try:
         for path in allowed:
-            _allow(rules, path, writes)
+            _allow(rules, path, writes | reads)
+        for path in _readable() if reads else ():
+            with contextlib.suppress(OSError):  # it is gone, or may not be opened: then it cannot be read either
+                _allow(rules, path, reads)
         _call(_RESTRICT, rules, 0)
     finally:
         os.close(rules)
 
 
-def _allow(rules: int, path: Path, writes: int) -> None:
+_NOT_READ = frozenset({"pts", "input", "char", "block", "vfio", "vhost", "bus", "snd", "usb"})
+_PLAIN_DEVICES = frozenset({"null", "zero", "full", "random", "urandom"})
+_MOUNTS = Path("/proc/self/mountinfo")
+
+
+def _readable() -> Iterator[Path]:
+    """Everything but the devices that merging does not need: terminals are among these."""
+    yield from (path for path in Path("/").iterdir() if path.name != "dev" and not path.is_symlink())
+    for path in Path("/dev").iterdir():
+        is_plain = path.name in _PLAIN_DEVICES or any(path.match(f"/dev/{pattern}") for pattern in CARDS)
+        if is_plain or (path.name not in _NOT_READ and not path.is_symlink() and path.is_dir()):  # such as /dev/shm
+            yield path
+
+
+def why_terminals_are_read(mounts: Path = _MOUNTS) -> str:
+    """Why reading is not restricted; empty if it is. A mount in the root that does not answer would hang the start."""
+    try:
+        places = [line.split() for line in mounts.read_text(errors="replace").splitlines()]
+    except OSError as error:
+        return f"{mounts}: {error.strerror}"
+    remote = (
+        part[4] for part in places if part[4].count("/") == 1 and part[4] not in _LOCAL_MOUNTS and _is_remote(part)
+    )
+    place = next(remote, None)
+    return f"{place} is a network mount" if place is not None else ""
+
+
+_LOCAL_MOUNTS = frozenset({"/", "/dev", "/proc", "/sys", "/run", "/tmp", "/boot"})  # noqa: S108 - they have no remote files
+_REMOTE = re.compile(r"autofs|fuse(\..*)?|nfs4?|cifs|smb3|smbfs|9p|ceph|lustre|afs|gfs2|ocfs2|beegfs|gpfs|glusterfs")
+
+
+def _is_remote(part: list[str]) -> bool:
+    kind = part[part.index("-") + 1] if "-" in part else ""
+    return _REMOTE.fullmatch(kind) is not None
+
+
+def _allow(rules: int, path: Path, rights: int) -> None:
     descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         if not stat.S_ISDIR(os.fstat(descriptor).st_mode):
-            writes &= _WRITE_FILE | _TRUNCATE
-        _call(_ADD_RULE, rules, _PATH_BENEATH, struct.pack("=Qi", writes, descriptor), 0)
+            rights &= _WRITE_FILE | _READ_FILE | _TRUNCATE | _IOCTL_DEVICE
+        _call(_ADD_RULE, rules, _PATH_BENEATH, struct.pack("=Qi", rights, descriptor), 0)
     finally:
         os.close(descriptor)
 
@@ -185,7 +233,7 @@ def _call(number: int, *arguments: object) -> int:
 _PR_SET_SECCOMP, MODE_FILTER = 22, 2
 _ALLOW, _ERRNO = 0x7FFF0000, 0x00050000
 _LOAD, _JUMP_EQUAL, _JUMP_GREATER_EQUAL, _JUMP_ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
-_NUMBER_AT, _ARCHITECTURE_AT, _FIRST_ARGUMENT_AT = 0, 4, 16
+_NUMBER_AT, _ARCHITECTURE_AT, _ARGUMENTS_AT = 0, 4, (16, 24)  # the lower halves of the first two
 _X32 = 0x40000000  # a second table of calls on x86-64
 
 _AF_UNIX, _CLONE_THREAD = 1, 0x10000
@@ -212,6 +260,37 @@ _REFUSED = {
     "unshare": (272, 97),
     "setns": (308, 268),
     "truncate": (76, 45),
+    # Of other processes: their scheduling, memory, and what they share.
+    "sched_setparam": (142, 118),
+    "sched_setscheduler": (144, 119),
+    "sched_setattr": (314, 274),
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "process_madvise": (440, 440),
+    "process_mrelease": (448, 448),
+    "kcmp": (312, 272),
+    "shmget": (29, 194),
+    "shmctl": (31, 195),
+    "shmat": (30, 196),
+    "semget": (64, 190),
+    "semctl": (66, 191),
+    "semop": (65, 193),
+    "semtimedop": (220, 192),
+    "msgget": (68, 186),
+    "msgctl": (71, 187),
+    "msgrcv": (70, 188),
+    "msgsnd": (69, 189),
+    "mq_open": (240, 180),
+    "mq_unlink": (241, 181),
+    "add_key": (248, 217),
+    "request_key": (249, 218),
+    "keyctl": (250, 219),
+    # Parts of the kernel that merging does not need.
+    "bpf": (321, 280),
+    "perf_event_open": (298, 241),
+    "userfaultfd": (323, 282),
 }
 _UNKNOWN = {"clone3": (435, 435)}  # a filter cannot read its flags, which are in memory; libraries fall back to clone
 _WITHOUT_EFFECT = {
@@ -236,7 +315,20 @@ _WITHOUT_EFFECT = {
     "fremovexattr": (199, 16),
     "removexattrat": (466, 466),
 }
-_SOCKET, _CLONE, _KILL, _TGKILL = (41, 198), (56, 220), (62, 129), (234, 131)
+_OWN_ONLY = {"kill": (62, 129), "tgkill": (234, 131), "prlimit64": (302, 261)}
+"""Calls that take a process. They are allowed for this one; 0 is this one for prlimit64, and for kill its group."""
+
+_SOCKET, _CLONE = (41, 198), (56, 220)
+
+_PDEATHSIG = 1
+_TERMINALS = (0x5412, 0x541C, 0x540E, 0x5410)  # TIOCSTI, TIOCLINUX, TIOCSCTTY, TIOCSPGRP
+_OWNERS = (0x8901, 0x8902)  # FIOSETOWN, SIOCSPGRP: signals to another process
+_BY_ARGUMENT = {
+    "prctl": ((157, 167), 0, (_PDEATHSIG,)),
+    "ioctl": ((16, 29), 1, (*_TERMINALS, *_OWNERS)),
+    "fcntl": ((72, 25), 1, (8, 15)),  # F_SETOWN, F_SETOWN_EX
+}
+"""Calls that are refused with these values of an argument."""
 
 
 def refuse_calls() -> None:
@@ -266,8 +358,11 @@ def _program(architecture: int, column: int) -> Iterator[bytes]:
                 yield from _where(_JUMP_EQUAL, numbers[column], answer)
     yield from _only_with(_SOCKET[column], _JUMP_EQUAL, _AF_UNIX, refused)
     yield from _only_with(_CLONE[column], _JUMP_ANY_BIT, _CLONE_THREAD, refused)
-    for call in (_KILL, _TGKILL):
-        yield from _only_with(call[column], _JUMP_EQUAL, os.getpid(), refused)
+    for name, numbers in _OWN_ONLY.items():
+        own = (0, os.getpid()) if name == "prlimit64" else (os.getpid(),)
+        yield from _only_of(numbers[column], own, refused)
+    for numbers, argument, values in _BY_ARGUMENT.values():
+        yield from _never_with(numbers[column], argument, values, refused)
     yield _step(_RETURN, _ALLOW)
 
 
@@ -284,8 +379,26 @@ def _unless(test: int, value: int, answer: int) -> Iterator[bytes]:
 def _only_with(number: int, test: int, value: int, answer: int) -> Iterator[bytes]:
     """Allow the call only if its first argument passes the test."""
     yield _step(_JUMP_EQUAL, number, 0, 4)
-    yield _step(_LOAD, _FIRST_ARGUMENT_AT)
+    yield _step(_LOAD, _ARGUMENTS_AT[0])
     yield from _unless(test, value, answer)
+    yield _step(_RETURN, _ALLOW)
+
+
+def _only_of(number: int, processes: Sequence[int], answer: int) -> Iterator[bytes]:
+    """Allow the call only if its first argument is one of these processes."""
+    yield _step(_JUMP_EQUAL, number, 0, 2 * len(processes) + 2)
+    yield _step(_LOAD, _ARGUMENTS_AT[0])
+    for process in processes:
+        yield from _where(_JUMP_EQUAL, process, _ALLOW)
+    yield _step(_RETURN, answer)
+
+
+def _never_with(number: int, argument: int, values: Sequence[int], answer: int) -> Iterator[bytes]:
+    """Refuse the call if an argument has one of these values."""
+    yield _step(_JUMP_EQUAL, number, 0, 2 * len(values) + 2)
+    yield _step(_LOAD, _ARGUMENTS_AT[argument])
+    for value in values:
+        yield from _where(_JUMP_EQUAL, value, answer)
     yield _step(_RETURN, _ALLOW)
 
 

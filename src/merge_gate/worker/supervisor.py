@@ -15,13 +15,15 @@ In: a `Job`, with one group for each base. Out: events, in order. Every task get
    of them. A base that dies alone is not run any more, and neither is an adapter.
 
 The process may be in the hands of a base's own code, or of a defect in a library. It has no token and no network. It
-can forge evidence on its own base; only events on other bases are refused. The caller's directory is never on its
+can forge evidence on its own base; events on other bases, and those that name another base, are refused. All that it
+does with a base has one time limit, which no event moves. The caller's directory is never on its
 `sys.path`: a config that names a module must not find the checkout.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -31,9 +33,11 @@ from typing import TYPE_CHECKING, Any, Self, assert_never
 from merge_gate._internal.errors import EngineError, GateError
 from merge_gate._internal.text import counted, quoted
 from merge_gate.records.files import StoredTensor
+from merge_gate.records.measured import BaseFacts
 from merge_gate.records.refusals import NotJudged, Refusal
+from merge_gate.records.terms import BaseKey
 from merge_gate.worker import protocol
-from merge_gate.worker.channel import GarbledError
+from merge_gate.worker.encoding import GarbledError
 from merge_gate.worker.process import WorkerProcess, late
 from merge_gate.worker.protocol import ALONE, DEFAULT_TIMEOUT_S, SUSPECTED, Event, Job, Listener, Task
 
@@ -122,9 +126,9 @@ def supervise(job: Job, listen: Listener, worker: WorkerSlot, services: Services
     `worker` may hold a process that was started before the job was known. `services` answer its calls.
     """
     for part in _parts(job):
-        remaining, tried = part, set[tuple[str, object]]()
+        remaining, tried, bases = part, set[tuple[str, object]](), dict[int, BaseKey]()
         while any(group.tasks for group in remaining.groups):
-            attempt = Attempt(remaining, listen)
+            attempt = Attempt(remaining, listen, bases=bases)
             ending = worker.run(attempt, services)
             if ending is None:
                 attempt.report_rest()
@@ -142,17 +146,44 @@ def _parts(job: Job) -> Iterator[Job]:
         yield replace(job, groups=tuple(groups))
 
 
-class Attempt:
-    """The events of one process on a job, which say what its death costs."""
+def _limits_s(job: Job) -> dict[str | None, float]:
+    """What all loads, merges, and runs of models on each base may take together, in one process.
 
-    def __init__(self, job: Job, listen: Listener, clock: Callable[[], float] = time.monotonic) -> None:
+    A base may be loaded once for each adapter, because each may ask for another class. After a pass that fails, its
+    adapters are merged again.
+    """
+    limits_s: dict[str | None, float] = {}
+    for group in job.groups:
+        timeouts_s, merges = [task.timeout_s for task in group.tasks], 2 if group.in_passes else 1
+        loads_s = len(timeouts_s) * max(timeouts_s, default=0.0)
+        limit_s = loads_s + merges * (1 + 1 / FORWARD_SHARE) * sum(timeouts_s)
+        limits_s[group.directory] = limits_s.get(group.directory, 0.0) + limit_s
+    return limits_s
+
+
+class Attempt:
+    """The events of one process on a job, which say what its death costs.
+
+    `bases` are the bases that groups turned out to be, with dtype and quantization: the first event on one decides.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        listen: Listener,
+        clock: Callable[[], float] = time.monotonic,
+        bases: dict[int, BaseKey] | None = None,
+    ) -> None:
         self.job, self._listen, self._clock = job, listen, clock
+        self._bases = bases if bases is not None else {}
         self._open = {task.index: (number, task) for number, group in enumerate(job.groups) for task in group.tasks}
         self._base_runs = [group.base_run for group in job.groups]
+        self._limits_s = _limits_s(job)
         self._directory: str | None = None  # of the base in progress
         self._loading: int | None = None
         self._merging: tuple[int, ...] = ()
         self._in_progress: dict[int | None, int] = {}  # by thread
+        self._entered_s, self._spent_s = clock(), dict[str | None, float]()
         self._begin(DEFAULT_TIMEOUT_S)
 
     def _begin(self, timeout_s: float) -> None:
@@ -166,20 +197,28 @@ class Attempt:
         """Record what the process does now, and pass the event on.
 
         Raises:
-            GarbledError: the event is not about open tasks of the base in progress, or its fields have other types.
+            GarbledError: the event is not about open tasks of the base in progress, or nothing can be made of it.
         """
+        ended = self._open.get(event.task) if isinstance(event, protocol.Merged | protocol.Unjudged) else None
         try:
             event = self._recorded(event)
         except (TypeError, ValueError, LookupError, AttributeError) as error:
             raise GarbledError(f"{type(event).__name__}: {str(error)[:200]}") from error
-        self._listen(event)
+        try:
+            self._listen(event)
+        except (GateError, OSError):  # of the run itself
+            raise
+        except Exception as error:
+            if ended is not None:
+                self._open[ended[1].index], self._merging = ended, (ended[1].index,)
+            raise GarbledError(f"{type(event).__name__}: {type(error).__name__}: {str(error)[:200]}") from error
 
     def _recorded(self, event: Event) -> Event:  # noqa: C901 - a case for each event
         if not self._is_fit(event):
             raise GarbledError(f"{type(event).__name__} of an adapter that is not in progress")
         match event:
             case protocol.BaseLoading():
-                self._directory = self.job.groups[event.group].directory
+                self._enter(self.job.groups[event.group].directory)
                 self._loading, self._merging = event.group, ()
                 self._begin(max(task.timeout_s for task in self.job.groups[event.group].tasks))
             case protocol.BaseLoaded():
@@ -213,6 +252,13 @@ class Attempt:
                 assert_never(event)
         return event
 
+    def _enter(self, directory: str) -> None:
+        """A base is loaded, perhaps again, as another class or in another dtype. Its time adds up."""
+        if directory != self._directory:
+            now_s = self._clock()
+            self._spent_s[self._directory] = self._spent_s.get(self._directory, 0.0) + now_s - self._entered_s
+            self._directory, self._entered_s = directory, now_s
+
     def _is_fit(self, event: Event) -> bool:
         """Whether an event is about open tasks of the base in progress, or about no task."""
         match event:
@@ -224,6 +270,9 @@ class Attempt:
                 is_fit = bool(self._tasks_of(event.group))
             case protocol.BaseLoaded() | protocol.BaseMeasured():
                 is_fit = self._is_of_base(event.task) and event.group == self._open[event.task][0]
+                is_fit = is_fit and self._is_base(event.group, event.facts)
+            case protocol.Merged():
+                is_fit = self._is_of_base(event.task) and self._is_base(self._open[event.task][0], event.evidence.base)
             case protocol.MergeStarted():
                 is_fit = all(map(self._is_of_base, (event.task, *event.others))) and self._are_one_pass(event)
             case protocol.ForwardRunning():
@@ -241,6 +290,14 @@ class Attempt:
 
     def _is_of_base(self, index: int) -> bool:
         return index in self._open and self.job.groups[self._open[index][0]].directory == self._directory
+
+    def _is_base(self, number: int, facts: BaseFacts) -> bool:
+        """Whether a process may say this of the base of a group."""
+        if number not in self._bases and self.job.groups[number].allows(facts):
+            self._bases[number] = facts.key
+        if self._bases.get(number) != facts.key:
+            raise ValueError(f"not the base {self.job.groups[number].base.name} as the job asks for it")
+        return True
 
     def _note_forward(self, event: protocol.ForwardRunning) -> None:
         """The time of the models does not count as the merge's."""
@@ -269,8 +326,22 @@ class Attempt:
 
     def is_overdue(self) -> bool:
         """Whether what the process does now exceeds its time limit. A merge and the models have limits of their own."""
-        began_s = self._running_since_s if self._running else self._began_s
-        return self._clock() - began_s > self._timeout_of_now()
+        return self._exceeded_s() is not None
+
+    def _exceeded_s(self) -> float | None:
+        """The time limit that is over: that of what the process does now, or that of the base, which no event moves."""
+        began_s, now_s = self._running_since_s if self._running else self._began_s, self._clock()
+        if now_s - began_s > self._timeout_of_now():
+            return self._timeout_of_now()
+        limit_s = self._limits_s.get(self._directory, math.inf)
+        spent_s = self._spent_s.get(self._directory, 0.0) + now_s - self._entered_s
+        return limit_s if spent_s > limit_s else None
+
+    def refuse(self, index: int, refusal: NotJudged) -> None:
+        """Report a task that the process does not get."""
+        self._report([index], refusal)
+        groups = (replace(group, tasks=self._tasks_of(number)) for number, group in enumerate(self.job.groups))
+        self.job = replace(self.job, groups=tuple(groups))
 
     # --- the end of the process --------------------------------------------------------------------------------------
 
@@ -350,7 +421,7 @@ class Attempt:
             self._listen(protocol.Unjudged(task=index, refusal=refusal))
 
     def _why(self, what: str, ending: NotJudged) -> NotJudged:
-        if self.is_overdue():
-            return late(what + self._progress, self._timeout_of_now())
+        if (limit_s := self._exceeded_s()) is not None:
+            return late(what + self._progress, limit_s)
         again = "" if self._merging else " twice"
         return replace(ending, message=f"the gate's worker process died{again} {what}: {ending.message}")

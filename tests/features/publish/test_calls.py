@@ -137,7 +137,7 @@ def test_the_parent_takes_no_files(ends: Publishing, tmp_path: Path) -> None:
         PublicationWritten(task=3, checksums=("a",)),  # type: ignore[arg-type]
         PublicationWritten(task=3, checksums=(("a", "b"),)),  # type: ignore[arg-type]
         PublicationWritten(task=3, checksums=(("a", 1),) * (MOST_TENSORS + 1)),
-        PublicationWritten(task=3, settings=b"{}"),  # type: ignore[arg-type]
+        PublicationWritten(task=3, settings=3),  # type: ignore[arg-type]
         Answer(),
         Idle(),
     ],

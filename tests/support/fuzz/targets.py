@@ -22,6 +22,8 @@ from safetensors import deserialize
 from merge_gate._internal.errors import ConfigError, UsageError
 from merge_gate._internal.text import has_hidden
 from merge_gate.config.load_config import load_config
+from merge_gate.features.publish.calls import PublicationPlanned, PublicationWritten
+from merge_gate.features.stream.parent_feed import BytesRequested, SpansExpected
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, parse_file
 from merge_gate.judging import bounds
@@ -29,7 +31,10 @@ from merge_gate.records.files import StoredTensor
 from merge_gate.report.formats import json_report, terminal_text
 from merge_gate.report.stored import stored_report
 from merge_gate.report.stored.report_files import FORMATS
+from merge_gate.worker.channel import FROM_WORKER, limits_of
+from merge_gate.worker.encoding import GarbledError, decoded, encoded
 
+CALLS = PublicationPlanned | PublicationWritten | SpansExpected | BytesRequested
 LONGEST_CPU_S = 1.0
 MOST_BYTES = 200 * 2**20
 FRAMED = b"F"
@@ -161,9 +166,18 @@ def report(data: bytes) -> None:
     (stored_report.render_text(changes) + stored_report.render_markdown(changes)).encode()
 
 
+def message(data: bytes) -> None:
+    """A message of the worker: bytes, or a change of one. What is read of it arrives again as the same."""
+    for expected in (FROM_WORKER, CALLS):
+        with contextlib.suppress(GarbledError):
+            record = decoded(data, expected, limits_of(None))
+            assert repr(decoded(encoded(record), expected)) == repr(record)
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "headers": headers,
     "adapter-config": config_of_adapter,
     "config": config,
     "report": report,
+    "message": message,
 }

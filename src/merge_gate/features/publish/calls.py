@@ -50,6 +50,10 @@ class PublicationWritten:
     refusal: NotJudged | None = None
 
 
+SETTINGS = str
+"""The dtype of a publication, in the job."""
+
+
 class Publisher(Protocol):
     """Makes the files of models. Several threads call it. The worker gets what it raises."""
 

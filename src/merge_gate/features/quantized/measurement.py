@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from merge_gate.records.files import Snapshot
 from merge_gate.records.terms import record
 
 TOLERANCE = 0.02
@@ -93,3 +94,10 @@ class Measurement:
     absent: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     settings: tuple[Setting, ...] = ()
+
+
+SETTINGS = Snapshot
+"""What the worker gets of a release."""
+
+FACT = Measurement
+"""What it adds to the evidence."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from merge_gate.records.files import Snapshot
 from merge_gate.records.refusals import Refusal
 from merge_gate.records.terms import record
 
@@ -180,3 +181,10 @@ class Comparison:
     lacked: tuple[str, ...] = ()
     untied: tuple[str, ...] = ()
     settings: ReadSettings = ReadSettings()
+
+
+SETTINGS = tuple[Snapshot, SettingsFiles | None]
+"""What the worker gets of a finished model."""
+
+FACT = Comparison
+"""What it adds to the evidence."""

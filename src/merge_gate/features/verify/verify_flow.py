@@ -33,7 +33,7 @@ from merge_gate.judging.not_judged import not_judged
 from merge_gate.limits.timeout import ANSWER_TIMEOUT_S, within
 from merge_gate.names.hub_names import HUB, close_directory
 from merge_gate.records.config import Config
-from merge_gate.records.features import parts
+from merge_gate.records.features import part, parts
 from merge_gate.records.files import MANIFEST_NAME, Entry, FileIdentity, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.records.options import RunOptions
@@ -224,8 +224,9 @@ class Verification(Feature):
                 self._tally.merged_on(event.device, event.device_name, event.sandbox)
             case Merged():
                 facts = dict(event.evidence.facts)
-                comparison = facts.get("verify" if self._release is None else "quantized")
-                if comparison is not None:
+                feature = "verify" if self._release is None else "quantized"
+                comparison = facts.get(feature)
+                if isinstance(comparison, part(feature, "records").FACT):
                     self._comparisons[event.task] = comparison
 
     def judged(self, index: int, report: AdapterReport, evidence: Evidence | None) -> None:

@@ -16,7 +16,7 @@ from merge_gate._internal.errors import UsageError
 from merge_gate._internal.text import is_hidden
 from merge_gate.judging.verdict import with_decision
 from merge_gate.records.report import SCHEMA_VERSION, TOOL, AdapterReport, Report
-from merge_gate.records.terms import Verdict
+from merge_gate.records.terms import Severity, Verdict
 from merge_gate.report.formats.fields import Json, UnreadableError, dump, dump_record, load_document
 from merge_gate.report.wording.untrusted import one_line
 
@@ -104,5 +104,15 @@ def read(data: bytes, name: str) -> Report:
 
 def _refuse_contradictions(report: Report) -> None:
     for index, adapter in enumerate(report.adapters):
+        errors = {finding.check for finding in adapter.findings if finding.severity is Severity.ERROR}
+        problem = ""
         if adapter.verdict is Verdict.PASSED and adapter.cause is not None:
-            raise UnreadableError("passed and has a cause", f"adapters[{index}]")
+            problem = "passed and has a cause"
+        elif adapter.verdict is Verdict.PASSED and errors:
+            problem = f"passed and has an error ({one_line(min(errors), 80)})"
+        elif adapter.cause is not None and adapter.cause not in errors:
+            problem = f"its cause is {one_line(adapter.cause, 80)}, which is none of its errors"
+        elif adapter.accepted and adapter.verdict is not Verdict.FAILED:
+            problem = "accepted and has not failed"
+        if problem:
+            raise UnreadableError(problem, f"adapters[{index}]")
