@@ -22,6 +22,7 @@ class TensorStrength:
         kind: how the release stores it, such as `Q4_K`; empty for plain floats.
         touched: whether the merge can change it.
         shape, expected_shape: in the release, and in the merge. If they differ, the common part is compared.
+        first_row: the first of its rows that are compared. The base has none of the rows from there on if it is not 0.
         nonfinite: how many values of W, W + D, and Q are not finite. Nothing else is known then.
         numel: the number of values.
         strength: k. 1 is the merge, and 0 is the base.
@@ -51,6 +52,7 @@ class TensorStrength:
     touched: bool
     shape: tuple[int, ...]
     expected_shape: tuple[int, ...]
+    first_row: int = 0
     nonfinite: int = 0
     numel: int = 0
     strength: float = 0.0
@@ -84,12 +86,15 @@ class Setting:
 class Measurement:
     """A release, compared with the merge of one adapter.
 
-    `absent` are tensors that the release lacks. `format` is what texts call its format.
+    `absent` are tensors that the release lacks, and `lost` are those of them that the merge changes. The merge changes
+    `not_in_format` too, but no release of this format has them. `format` is what texts call its format.
     `added` are tensors that the model does not have, and `settings` differ from those of the base.
     """
 
     format: str = ""
     tensors: tuple[TensorStrength, ...] = ()
     absent: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    not_in_format: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     settings: tuple[Setting, ...] = ()
