@@ -20,6 +20,9 @@ from merge_gate.records.terms import Finding
 from merge_gate.worker.protocol import ALONE, ConsumerSpec, Group
 
 _SUFFIX, _LISTED = ".gguf", 4
+_OF_IMAGES = "*mmproj*.gguf"
+"""The files that llama.cpp's converter writes for a vision tower and its projector."""
+
 _WEIGHTS = re.compile(r"[^/]+\.safetensors|(pytorch_model|consolidated)[^/]*\.(bin|pth?)")
 
 GGUF = DeclaredQuantization(method="gguf", file="")
@@ -73,9 +76,18 @@ def findings_of(
     merged: Snapshot, entry: Entry, measurement: Measurement, candidates: Mapping[str, Measurement]
 ) -> tuple[Finding, ...]:
     """Every finding on a release."""
-    name = entry.spec.name
-    strengths = strength_findings(measurement, candidates, adapter=name, config=entry.files.config)
+    path = Path(merged.directory)
+    unread = sorted(file.name for file in path.parent.glob(_OF_IMAGES) if path.suffix == _SUFFIX and file != path)
+    strengths = strength_findings(
+        measurement, candidates, adapter=entry.spec.name, config=entry.files.config, unread=unread
+    )
     return (*strengths, *_other_weights(merged))
+
+
+def never_allowed(measurement: Measurement) -> set[str]:
+    """Kinds that `--allow` accepts, but not of this release: it lacks values that the merge changes."""
+    is_short = any(tensor.touched and tensor.shape < tensor.expected_shape for tensor in measurement.tensors)
+    return ({"not-carried"} if measurement.lost else set()) | ({"shape-changed"} if is_short else set())
 
 
 def _other_weights(merged: Snapshot) -> Iterator[Finding]:

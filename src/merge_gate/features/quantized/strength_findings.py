@@ -172,11 +172,16 @@ def _strength(tensor: TensorStrength) -> Strength:
 
 
 def strength_findings(
-    measurement: Measurement, candidates: Mapping[str, Measurement], *, adapter: str, config: AdapterConfig
+    measurement: Measurement,
+    candidates: Mapping[str, Measurement],
+    *,
+    adapter: str,
+    config: AdapterConfig,
+    unread: Sequence[str] = (),
 ) -> Iterator[Finding]:
-    """The findings on a release."""
+    """The findings on a release. `unread` are files next to it that may have parts of the model."""
     release, adapter = _Release(measurement), quoted(adapter, 200, "")
-    yield from _unfit(measurement)
+    yield from _unfit(measurement, unread)
     yield from _per_tensor(release)
     odd, far = release.odd, release.far
     is_odd = len(odd) > MOST_UNTOUCHED * len(release.touched)
@@ -229,11 +234,18 @@ def _kind(release: _Release, candidates: Mapping[str, _Release], adapter: str, c
     return finding("applied", f"{adapter} is in this release at {at}; {release.noise}{more}", **release.figures)
 
 
-def _unfit(measurement: Measurement) -> Iterator[Finding]:
+def _unfit(measurement: Measurement, unread: Sequence[str]) -> Iterator[Finding]:
     if absent := measurement.absent:
         what = counted(len(absent), "tensor of the model is", "tensors of the model are")
-        names = listing([quoted(name, 120) for name in absent], LISTED)
-        yield finding("not-carried", f"{what} not in the release: {names}", tensor=absent[0])
+        names = listing([quoted(name, 120) for name in dict.fromkeys((*measurement.lost, *absent))], LISTED)
+        hint = "export the merge again, with every tensor that it changes" if measurement.lost else ""
+        yield finding("not-carried", f"{what} not in the release: {names}", tensor=absent[0], hint=hint)
+    if others := measurement.not_in_format:
+        what = counted(len(others), "tensor that the adapter changes has", "tensors that the adapter changes have")
+        names = listing([quoted(name, 120) for name in others], LISTED)
+        files = f", and {listing([quoted(name, 120) for name in unread], LISTED)} was not read" if unread else ""
+        message = f"{what} no place in this file{files}, so they were not compared: {names}"
+        yield finding("not-in-format", message, tensor=others[0])
     if added := measurement.added:
         what = counted(len(added), "tensor is", "tensors are")
         names = listing([quoted(name, 120) for name in added], LISTED)
@@ -255,12 +267,18 @@ def _per_tensor(release: _Release) -> Iterator[Finding]:
     """A note on each tensor, those first that are furthest from 1."""
     for tensor in sorted(release.parts, key=lambda tensor: -abs(tensor.strength - 1) / (tensor.error + TOLERANCE)):
         (factor, error), ratio = _strength(tensor), tensor.noise / tensor.delta
-        message = f"the delta is in it {_strength(tensor)} times; the noise is {ratio:,.2g} times its size"
+        what = f"the values of its rows from {tensor.first_row:,} on are" if tensor.first_row else "the delta is"
+        message = f"{what} in it {_strength(tensor)} times; the noise is {ratio:,.2g} times its size"
         yield finding("strength", message, tensor=tensor.name, factor=factor, error=error, noise=ratio)
 
 
 def _listed(tensors: Sequence[TensorStrength]) -> str:
-    return listing([quoted(tensor.name, 120) for tensor in tensors], LISTED)
+    return listing([_named(tensor) for tensor in tensors], LISTED)
+
+
+def _named(tensor: TensorStrength) -> str:
+    new = f" (rows from {tensor.first_row:,} on, which the base does not have)" if tensor.first_row else ""
+    return f"{quoted(tensor.name, 120)}{new}"
 
 
 def _fits_better(first: _Release, second: _Release) -> bool:

@@ -29,7 +29,7 @@ from merge_gate.features.quantized.measurement import TOLERANCE, TensorStrength
 BLOCK = 1 << 17
 """Values that are multiplied at once: they stay in the processor's cache."""
 
-SAMPLED, LEAST_ROWS = 1 << 20, 64
+SAMPLED, LEAST_ROWS = 1 << 19, 64
 """The blocks of a sample have so many values, and so many rows, if the tensor has."""
 
 SHUFFLES, FITTED = 8, 3

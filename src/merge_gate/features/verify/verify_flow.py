@@ -247,7 +247,9 @@ class Verification(Feature):
         candidates = {entries[index].spec.source: compared for index, compared in judged if index > 0}
         findings_of = answer.findings_of if self._release is None else self._release.findings_of
         findings = findings_of(merged, entries[0], comparison, candidates)
-        return answer.compared_report(merged, entries[0], self._evidence[0], findings, self._allowed)
+        never = set[str]() if self._release is None else self._release.never_allowed(comparison)
+        allowed = {*self._allowed} - never
+        return answer.compared_report(merged, entries[0], self._evidence[0], findings, allowed)
 
     def _unless_changed(self, report: AdapterReport) -> AdapterReport:
         """The report, or an error if the base was written to meanwhile."""
