@@ -87,7 +87,7 @@ DIRECTORIES = ("FP8", "GPTQ")
 CASES = [
     *((kind, "tokens", change, cause, allowed) for kind in EITHER for change, cause, allowed in (
         (nothing, None, ""),
-        (new_rows(0.0), "other-strength", ""),
+        (new_rows(0.0), "applied-in-part", ""),
         (new_rows(5.0), "unexplained", ""),
         (new_rows(None), "unexplained", ""),
         (one_new_row, "unexplained", ""),

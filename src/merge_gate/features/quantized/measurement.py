@@ -35,8 +35,8 @@ class TensorStrength:
         noise: the norm of what the fit leaves.
         distance: the norm of Q - W.
         bend: how much larger k is for large values of D, in standard errors. Rounding to codes erases small values.
-        own_noise: the norm of the noise of W + kD, quantized in this format; None if that cannot be repeated.
-        own_scale: a of the quantized W + kD.
+        own_noise: the norm of the noise of W + D, quantized in this format; None if that cannot be repeated.
+        own_scale, own_strength: a and k of the quantized W + D; 1 if the release has other codes than it.
         loudest: how many times its own noise the noise of a row is, in the row where it is most; Inf if that row does
             not resemble the base's.
         uneven: how far strengths of rows or columns differ from k, against those of the repeated quantization; the
@@ -66,6 +66,7 @@ class TensorStrength:
     bend: float = 0.0
     own_noise: float | None = None
     own_scale: float = 1.0
+    own_strength: float = 1.0
     loudest: float = 0.0
     uneven: float = 0.0
     changed: float | None = None

@@ -300,8 +300,9 @@ class TensorFit:
 
     def facts(self) -> TensorStrength:
         """The figures."""
-        if self._nonfinite:
-            return replace(self._outline, nonfinite=self._nonfinite)
+        return self._finite_facts() if not self._nonfinite else replace(self._outline, nonfinite=self._nonfinite)
+
+    def _finite_facts(self) -> TensorStrength:
         fit = _Fit(self._sums, _Y)
         if fit.along is not None:
             self._measure_error(fit, fit.along)
@@ -320,12 +321,7 @@ class TensorFit:
         facts, is_other = self._in_codes(facts, self._requantized, times)
         if is_other:
             return replace(facts, error=math.hypot(facts.error, OTHER_QUANTIZER))
-        # 4.
-        if facts.is_erased is not None and abs(facts.strength) > UNLIKE:
-            kept = max(UNLIKE, again.strength)
-            if abs(kept - 1) > SURE_ERRORS * facts.error:
-                return replace(facts, strength=facts.strength / kept, error=facts.error / kept)
-        return facts
+        return facts if facts.is_erased is None else _without_loss(facts, max(UNLIKE, again.strength))
 
     def _measure_error(self, fit: _Fit, along: torch.Tensor) -> None:
         sample, sums = _Sample(self._sample, self._dtype), self._sums.sums
@@ -368,6 +364,13 @@ class TensorFit:
             torch.stack([fit.squares(vector, axis) for vector in (_UNIT[_W], _UNIT[_W] + _UNIT[_Y])]) for axis in (0, 1)
         )
         return any(float(pair.sqrt().corrcoef()[0, 1]) > SAME_NORMS for pair in squares)
+
+
+def _without_loss(facts: TensorStrength, kept: float) -> TensorStrength:
+    """Step 4. `kept` is what quantizing W + D leaves of the delta."""
+    if abs(facts.strength) > UNLIKE and abs(kept - 1) > SURE_ERRORS * facts.error:
+        return replace(facts, strength=facts.strength / kept, error=facts.error / kept)
+    return replace(facts, own_strength=kept)
 
 
 def _compared(fit: _Fit, again: _Fit, whole: torch.Tensor, axis: int) -> tuple[torch.Tensor, float, float]:
