@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from gguf import GGMLQuantizationType as Type
 from merge_gate._internal.errors import EngineError, UsageError
 from merge_gate.config.from_arguments import config_of
 from merge_gate.features.quantized.gguf_release import GgufRelease
-from merge_gate.features.verify.verify_flow import Verification
+from merge_gate.features.verify.verify_flow import Verification, verify_record
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Verdict
 from merge_gate.report.wording.run_result import advice, verdict_line
@@ -99,3 +100,19 @@ def test_a_directory_of_gguf_files_is_a_mistake(verify: Verify, write: Callable[
     path = write("right")
     with pytest.raises(UsageError, match=r"1 GGUF file and no safetensors files; to do: name one file: .*right\.gguf"):
         verify(path.parent)
+
+
+def test_a_file_alone_needs_its_base_and_adapter(write: Callable[..., Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "link.gguf").symlink_to(write("right"))
+    for path in (write("right"), tmp_path / "pipe.gguf", tmp_path / "link.gguf"):
+        with pytest.raises(UsageError, match=r"single file, .*; to do: add --base BASE --adapter ADAPTER"):
+            verify_record(str(path), view=View())
+
+
+def test_a_pipe_or_a_device_is_a_mistake(verify: Verify, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "link.gguf").symlink_to("/dev/zero")
+    for name in ("pipe.gguf", "link.gguf"):
+        with pytest.raises(UsageError, match=r"is a pipe or a device, or a link to one; to do: write it to a file"):
+            verify(tmp_path / name)

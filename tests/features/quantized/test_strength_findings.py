@@ -146,6 +146,12 @@ def test_each_tensor_has_a_note_and_the_furthest_is_first() -> None:
     assert notes[0].message == "the delta is in it 0.50 ± 0.01 times; the noise is 4 times its size"
 
 
+@pytest.mark.parametrize(("delta", "is_unsure"), [(DELTA, True), (2 * NOISE, False)])
+def test_noise_that_may_hide_another_adapter_is_said(delta: float, is_unsure: bool) -> None:
+    (one,) = findings(release([0.0, 0.01, -0.01, 0.0], delta=delta))
+    assert (one.check, one.hint.endswith("name others with --candidate")) == ("not-applied", is_unsure)
+
+
 def test_scalings_that_fit_a_factor_are_named() -> None:
     (one,) = findings(release([0.25, 0.25, 0.25, 0.25]))
     assert (one.check, "no scaling at all" in one.message) == ("other-strength", True)

@@ -29,13 +29,26 @@ GGUF = DeclaredQuantization(method="gguf", file="")
 """What a GGUF file declares by its name."""
 
 
+def refuse_alone(name: str) -> None:
+    """Raise `UsageError` for the name of a single file, which has no record that it could be compared with."""
+    if Path(name).suffix == _SUFFIX and not Path(name).is_dir():
+        raise UsageError(
+            f"--adapter is missing: {quoted(name, 200)} is a single file, and has no merge-gate.json of its own",
+            hint="add --base BASE --adapter ADAPTER, to compare it with their merge",
+        )
+
+
 def file_release(name: str) -> Snapshot | None:
     """A release that is a single file. Its directory is the file.
 
     Raises:
-        UsageError: the name is that of a directory of GGUF files.
+        UsageError: the name is that of a directory of GGUF files, or of a pipe or a device.
     """
     path = Path(name).absolute()
+    if path.suffix == _SUFFIX and path.exists() and not path.is_dir() and not path.is_file():
+        raise UsageError(
+            f"{quoted(name, 200)} is a pipe or a device, or a link to one", hint="write it to a file, and name that"
+        )
     if path.is_dir() and not any(path.glob("*.safetensors")) and (files := sorted(path.glob(f"*{_SUFFIX}"))):
         raise UsageError(
             f"{quoted(name, 200)} has {counted(len(files), 'GGUF file')} and no safetensors files",

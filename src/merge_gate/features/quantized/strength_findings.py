@@ -55,6 +55,11 @@ MORE_LIKELY = 30.0
 """A candidate fits better if twice the logarithm of the likelihoods' ratio is above this."""
 
 LISTED = 5
+_LIKE_ANOTHER = {"not-applied", "other-strength", "applied-in-part"}
+_MAYBE_ANOTHER = (
+    "the noise is larger than the delta, so this may be the merge of another adapter: name others with --candidate"
+)
+"""What a release of another adapter may look like: its own delta is then a part of the noise."""
 
 
 class Strength(NamedTuple):
@@ -259,7 +264,9 @@ def _kind(release: _Release, candidates: Mapping[str, _Release], adapter: str, c
         hint = "check the base and its revision: no candidate has these values" if candidates else ""
         return finding("unexplained", f"{message}: {_listed(odd)}", tensor=odd[0].name, hint=hint, **release.figures)
     if not release.is_applied:
-        return _misapplied(release, f"{adapter} is in this release at {at}", config)
+        problem = _misapplied(release, f"{adapter} is in this release at {at}", config)
+        is_unsure = not candidates and release.figures["noise"] > 1 and problem.check in _LIKE_ANOTHER
+        return replace(problem, hint=f"{problem.hint}; {_MAYBE_ANOTHER}") if is_unsure else problem
     vague = sum(not tensor.error <= MOST_ERROR for tensor in release.touched)
     more = f". {vague:,} of {counted(len(release.touched), 'tensor')} cannot be measured alone" if vague else ""
     return finding("applied", f"{adapter} is in this release at {at}; {release.noise}{more}", **release.figures)
@@ -341,14 +348,15 @@ def _misapplied(release: _Release, at: str, config: AdapterConfig) -> Finding:
         message = f"{at}; {release.noise}{codes if changed and not any(changed) else ''}"
         return finding("not-applied", message, tensor=release.parts[0].name, **release.figures)
     where, odd, kind = _listed(far) if is_full else "all tensors", far or release.parts, "other-strength"
-    far_kinds = {} if far else release.far_kinds()
-    if far_kinds:
-        name, odd = next(iter(far_kinds.items()))
+    explain = (item for item in release.far_kinds().items() if {*map(_place, far)} <= {*map(_place, item[1])})
+    name, tensors = next(explain, ("", []))
+    if name and len(tensors) < len(release.parts):
+        odd = tensors
         where = f"{counted(len(odd), 'tensor')} of the kind {quoted(name, 120)}"
     factor = pooled(odd)
     why = ", or ".join(reasons(factor.value, config))
     message = f"the delta is in {where} {factor} times, expected once" + (f": {why}" if why else "")
-    if far_kinds and factor.is_near(0, POOLED_ERRORS):
+    if odd is tensors and factor.is_near(0, POOLED_ERRORS):
         kind = "applied-in-part"
     elif factor.is_near(2, POOLED_ERRORS, FACTOR_TOLERANCE):
         kind = "applied-twice"

@@ -69,6 +69,8 @@ def verify_record(
         GateError: a file cannot be read, or the report cannot be written.
     """
     _refuse_inside(merged, output)
+    for _, module in parts("release"):
+        module.refuse_alone(merged)
     name, path, _ = _resolved(merged)
     before = _identity(path or "")
     if path is None:
