@@ -15,6 +15,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,11 +31,15 @@ from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, Tens
 from merge_gate.engine.consumer import Consumer, Outline
 from merge_gate.engine.tensors.threads import spread
 from merge_gate.features.quantized.checkpoint import Checkpoint, open_checkpoint
+from merge_gate.features.quantized.gguf_tokenizer import differing_tokenizer
 from merge_gate.features.quantized.measurement import Measurement, TensorStrength
 from merge_gate.features.quantized.release import OpenTensor, Release, is_near, whole
 from merge_gate.features.quantized.release_flow import GGUF
 from merge_gate.features.quantized.tensor_fit import BLOCK, TensorFit
+from merge_gate.features.verify.comparison import SettingsFiles
+from merge_gate.features.verify.expected_differences import Expectation
 from merge_gate.features.verify.finished_model import Files
+from merge_gate.features.verify.finished_settings import read_settings
 from merge_gate.files.feed import LocalFeed
 from merge_gate.records.files import Snapshot
 from merge_gate.records.measured import Evidence
@@ -42,26 +47,42 @@ from merge_gate.worker.pinned import pinned_directory
 from merge_gate.worker.protocol import Task
 
 if TYPE_CHECKING:
+    from merge_gate.features.quantized.gguf_release import GgufRelease
     from merge_gate.worker.group_bases import GroupBase, GroupBases
+
+_NOTHING_MEASURED = Measurement()
 
 
 def consumer(
-    finished: Snapshot, _task: Task, loaded: GroupBase, bases: GroupBases, pinned: contextlib.ExitStack
+    asked: tuple[Snapshot, tuple[SettingsFiles, ...]],
+    _task: Task,
+    loaded: GroupBase,
+    bases: GroupBases,
+    pinned: contextlib.ExitStack,
 ) -> Consumer:
-    """Step 1.
+    """Step 1. The tokenizer is compared with each of those that the release may have.
 
     Raises:
         EngineError: the release cannot be read.
     """
+    finished, files = asked
     assert finished.base_files is not None  # noqa: S101 - it was recognized by them
-    is_file = finished.base_files.quantization == GGUF
-    release = _opened_file(finished, loaded, pinned) if is_file else _opened_directory(finished, loaded, bases, pinned)
+    measurement, config = Measurement(), loaded.base.model.config
+    if finished.base_files.quantization == GGUF:
+        release: Release = (of_file := _opened_file(finished, loaded, pinned))
+        expected = (dict(own.expected) for own in files)
+        tokenizers = tuple(tuple(differing_tokenizer(of_file.header, own)) for own in expected)
+        measurement = replace(measurement, tokenizers=tokenizers)
+    else:
+        release = _opened_directory(finished, loaded, bases, pinned)
+        read = (read_settings(own, finished.directory, config, deepcopy(config), Expectation()) for own in files)
+        measurement = replace(measurement, files=tuple(read))
     stored = Counter(tensor.dtype for tensor in loaded.group.files.tensors if len(tensor.shape) > 1)
     dtype = getattr(torch, DTYPES[stored.most_common(1)[0][0]]) if stored else torch.float32
-    return StrengthConsumer(loaded.base, release, dtype)
+    return StrengthConsumer(loaded.base, release, dtype, measurement)
 
 
-def _opened_file(finished: Snapshot, loaded: GroupBase, pinned: contextlib.ExitStack) -> Release:
+def _opened_file(finished: Snapshot, loaded: GroupBase, pinned: contextlib.ExitStack) -> GgufRelease:
     from merge_gate.features.quantized.gguf_release import GgufRelease  # noqa: PLC0415 - slow to import
 
     try:
@@ -153,11 +174,17 @@ class ByModelNames:
 
 
 class StrengthConsumer(Consumer):
-    """Steps 2 and 3. `dtype` is that of the base's files. If the adapter was not merged, nothing is measured."""
+    """Steps 2 and 3. `dtype` is that of the base's files, and `measurement` has what was compared before.
+
+    If the adapter was not merged, nothing is measured.
+    """
 
     takes_tensors = True
 
-    def __init__(self, base: Base, release: Release, dtype: torch.dtype) -> None:
+    def __init__(
+        self, base: Base, release: Release, dtype: torch.dtype, measurement: Measurement = _NOTHING_MEASURED
+    ) -> None:
+        self._measurement = replace(measurement, format=release.format, added=release.added, settings=release.settings)
         self._base, self._release, self._dtype = base, release, dtype
         self._facts: dict[str, tuple[TensorStrength, ...]] = {}
         self._begun: dict[str, list[_Comparison]] = {}
@@ -219,8 +246,7 @@ class StrengthConsumer(Consumer):
 
     def end(self, attempt: MergeAttempt) -> Evidence:
         attempt.merge = None  # its memory is of no use to what follows
-        release = self._release
-        measurement = Measurement(format=release.format, added=release.added, settings=release.settings)
+        release, measurement = self._release, self._measurement
         if attempt.evidence.refusal is None:
             for _ in spread(self._compare_others, self._left()):
                 pass

@@ -46,7 +46,10 @@ class _Order(NamedTuple):
 
 
 class GgufRelease:
-    """A GGUF file. Its tensors have the names of the model, and the shapes that transformers gives them."""
+    """A GGUF file. Its tensors have the names of the model, and the shapes that transformers gives them.
+
+    `header` has its keys and its tokens.
+    """
 
     def __init__(self, file: BufferedReader, model: Any) -> None:
         try:
@@ -57,7 +60,7 @@ class GgufRelease:
         self._gguf, self._file = gguf, file
         self._types: Mapping[int, Any] = {kind.value: kind for kind in self._gguf.GGMLQuantizationType}
         header = read_header(file, {kind.value: size for kind, size in self._gguf.GGML_QUANT_SIZES.items()})
-        self._names = named(header, model)
+        self.header, self._names = header, named(header, model)
         self._tensors, self.added = self._names.tensors, self._names.added
         kinds = dict.fromkeys(self.kind(name) for name in self._tensors)
         self.format = f"GGUF ({listing(sorted(filter(None, kinds))) or 'not quantized'})"

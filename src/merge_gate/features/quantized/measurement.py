@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import math
 
+from merge_gate.features.verify.comparison import ReadSettings
 from merge_gate.records.terms import record
 
 TOLERANCE = 0.02
 """The strength of a right merge differs from 1 by its error and so much."""
+
+TEMPLATE, PADDING = "tokenizer.chat_template", "tokenizer.ggml.padding_token_id"
+"""Keys of a GGUF file."""
 
 
 @record
@@ -90,6 +94,7 @@ class Measurement:
     `absent` are tensors that the release lacks, and `lost` are those of them that the merge changes. The merge changes
     `not_in_format` too, but no release of this format has them. `format` is what texts call its format.
     `added` are tensors that the model does not have, and `settings` differ from those of the base.
+    `tokenizers` has what differs from each tokenizer that may be in a file, and `files` the same for a directory.
     """
 
     format: str = ""
@@ -99,3 +104,5 @@ class Measurement:
     not_in_format: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     settings: tuple[Setting, ...] = ()
+    tokenizers: tuple[tuple[Setting, ...], ...] = ()
+    files: tuple[ReadSettings, ...] = ()

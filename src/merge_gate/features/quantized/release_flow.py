@@ -13,13 +13,17 @@ from pathlib import Path
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.text import counted, listing, quoted
 from merge_gate.features.quantized.measurement import Measurement
-from merge_gate.features.quantized.strength_findings import strength_findings
+from merge_gate.features.quantized.strength_findings import strength_findings, tokenizer_findings
+from merge_gate.features.verify.directory import adds_tokens, directory_findings, expected_files, settings_files
 from merge_gate.judging.kinds import finding
 from merge_gate.records.files import BaseFiles, DeclaredQuantization, Entry, Snapshot
-from merge_gate.records.terms import Finding
+from merge_gate.records.terms import Finding, Severity
 from merge_gate.worker.protocol import ALONE, ConsumerSpec, Group
 
 _SUFFIX, _LISTED = ".gguf", 4
+_COMPANIONS = {"tokenizer-differs", "chat-template-differs"}
+"""What is said of the files in a quantized directory that have no weights."""
+
 _OF_IMAGES = "*mmproj*.gguf"
 """The files that llama.cpp's converter writes for a vision tower and its projector."""
 
@@ -77,12 +81,43 @@ def _is_mlx(files: BaseFiles) -> bool:
     return any({f"{name.removesuffix('weight')}{part}" for part in ("scales", "biases")} <= names for name in codes)
 
 
-def groups_of(merged: Snapshot, groups: Sequence[Group], more: Sequence[ConsumerSpec]) -> Iterator[Group]:
-    """The groups, with a measurement of each task in float32: the release may have been quantized from it."""
+def groups_of(merged: Snapshot, entry: Entry, groups: Sequence[Group], more: Sequence[ConsumerSpec]) -> Iterator[Group]:
+    """The groups, with a measurement of each task in float32: the release may have been quantized from it.
+
+    The files next to the weights are compared with those of the first task, whose adapter `entry` has.
+    """
+    files = tuple(settings_files(merged, entry, has_own_tokenizer=is_own) for is_own in _tokenizers(entry))
     for group in groups:
-        consumer = ConsumerSpec(feature="quantized", settings=merged)
-        tasks = (replace(task, turn=ALONE, consumers=(*task.consumers, *more, consumer)) for task in group.tasks)
+        tasks = [
+            replace(
+                task,
+                turn=ALONE,
+                consumers=(
+                    *task.consumers,
+                    *more,
+                    ConsumerSpec(feature="quantized", settings=(merged, files if task.index == 0 else ())),
+                ),
+            )
+            for task in group.tasks
+        ]
         yield replace(group, base=replace(group.base, dtype="float32"), tasks=tuple(tasks))
+
+
+def _tokenizers(entry: Entry) -> tuple[bool, ...]:
+    """Whose tokenizer the release may have: the adapter's own, and the base's if the adapter adds no token."""
+    return (True,) if adds_tokens(entry) else (True, False)
+
+
+def _companions(merged: Snapshot, entry: Entry, measurement: Measurement) -> tuple[Finding, ...]:
+    """The findings on tokenizer and template: the fewest, if the release may have the base's tokenizer, too."""
+    if measurement.files:
+        expected = (expected_files(entry, has_own_tokenizer=is_own) for is_own in _tokenizers(entry))
+        pairs = zip(expected, measurement.files, strict=True)
+        found = (directory_findings(merged, files, read) for files, read in pairs)
+        each = [tuple(one for one in findings if one.check in _COMPANIONS) for findings in found]
+    else:
+        each = [(*tokenizer_findings(settings),) for settings in measurement.tokenizers]
+    return min(each, key=lambda found: sum(one.severity is Severity.ERROR for one in found), default=())
 
 
 def findings_of(
@@ -94,7 +129,7 @@ def findings_of(
     strengths = strength_findings(
         measurement, candidates, adapter=entry.spec.name, config=entry.files.config, unread=unread
     )
-    return (*strengths, *_other_weights(merged))
+    return (*strengths, *_companions(merged, entry, measurement), *_other_weights(merged))
 
 
 def never_allowed(measurement: Measurement) -> set[str]:

@@ -19,9 +19,9 @@ from statistics import NormalDist, median
 from typing import Any, NamedTuple
 
 from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.features.quantized.measurement import TOLERANCE, Measurement, TensorStrength
+from merge_gate.features.quantized.measurement import PADDING, TEMPLATE, TOLERANCE, Measurement, Setting, TensorStrength
 from merge_gate.features.verify.tensor_findings import MOST_UNTOUCHED, reasons
-from merge_gate.judging.kinds import finding
+from merge_gate.judging.kinds import finding, note
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.terms import Finding, Origin
@@ -299,6 +299,15 @@ def _unfit(measurement: Measurement, unread: Sequence[str]) -> Iterator[Finding]
     for tensor in [tensor for tensor in measurement.tensors if tensor.shape != tensor.expected_shape][:LISTED]:
         message = f"a tensor has the shape {list(tensor.shape)}, expected {list(tensor.expected_shape)} as in the merge"
         yield finding("shape-changed", message, tensor=tensor.name)
+
+
+def tokenizer_findings(settings: Iterable[Setting]) -> Iterator[Finding]:
+    """The findings on the tokenizer and the template in a GGUF file. Another padding token changes no answer."""
+    for setting in settings:
+        kind = "chat-template-differs" if setting.name == TEMPLATE else "tokenizer-differs"
+        message = f"{quoted(setting.name, 120, '')} in the release is {setting.actual}"
+        message += f", expected {setting.expected}" * bool(setting.expected)
+        yield note(kind, message) if setting.name == PADDING else finding(kind, message)
 
 
 def _per_tensor(release: _Release) -> Iterator[Finding]:

@@ -206,7 +206,7 @@ class Verification(Feature):
         if not groups or not isinstance(merged, Snapshot):
             return
         if self._release is not None:
-            yield from self._release.groups_of(merged, groups, [_NO_MODEL])
+            yield from self._release.groups_of(merged, self._run.tally.entries[0], groups, [_NO_MODEL])
             return
         settings, files = settings_files(merged, self._run.tally.entries[0]), merged.base_files
         assert files is not None  # noqa: S101 - it was resolved as a base
