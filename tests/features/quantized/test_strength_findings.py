@@ -101,6 +101,11 @@ def test_the_strengths_give_the_kind(measurement: Measurement, expected: str) ->
     assert kinds[0] == expected or (expected == "base-changed" and expected in kinds), kinds
 
 
+def test_a_sample_is_said() -> None:
+    (one,) = findings(release(RIGHT, sampled=0.25))
+    assert one.message.endswith(" times its size. Its errors rest on 25% of the values")
+
+
 @pytest.mark.parametrize(
     ("strengths", "expected"),
     [

@@ -29,6 +29,7 @@ class TensorStrength:
         first_row: the first of its rows that are compared. The base has none of the rows from there on if it is not 0.
         nonfinite: how many values of W, W + D, and Q are not finite. Nothing else is known then.
         numel: the number of values.
+        sampled: the share of them that the shuffles, the bend, and the search for a merge into codes rest on.
         strength: k. 1 is the merge, and 0 is the base.
         error: the standard error of k: the largest of the errors for white noise, for noise that differs between rows,
             and of the same fit on deltas whose rows are shuffled. Inf if the fit has no solution.
@@ -59,6 +60,7 @@ class TensorStrength:
     first_row: int = 0
     nonfinite: int = 0
     numel: int = 0
+    sampled: float = 1.0
     strength: float = 0.0
     error: float = math.inf
     scale: float = 1.0

@@ -269,6 +269,8 @@ def _kind(release: _Release, candidates: Mapping[str, _Release], adapter: str, c
         return replace(problem, hint=f"{problem.hint}; {_MAYBE_ANOTHER}") if is_unsure else problem
     vague = sum(not tensor.error <= MOST_ERROR for tensor in release.touched)
     more = f". {vague:,} of {counted(len(release.touched), 'tensor')} cannot be measured alone" if vague else ""
+    share = sum(t.sampled * t.numel for t in release.parts) / max(1, sum(t.numel for t in release.parts))
+    more += f". Its errors rest on {share:.0%} of the values" if share < 1 else ""
     return finding("applied", f"{adapter} is in this release at {at}; {release.noise}{more}", **release.figures)
 
 

@@ -307,7 +307,8 @@ class TensorFit:
         if fit.along is not None:
             self._measure_error(fit, fit.along)
         figures = {name: getattr(fit, name) for name in FIGURES}
-        facts = replace(self._outline, rotated=self._is_rotated(fit), **figures)
+        sampled = self._sampled / max(1, fit.numel) if self._sample else 1.0
+        facts = replace(self._outline, rotated=self._is_rotated(fit), sampled=sampled, **figures)
         if self._requantized is None:
             return facts
         again = _Fit(self._sums, _Z)
