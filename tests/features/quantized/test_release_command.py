@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Type
 
 from merge_gate._internal.errors import EngineError, UsageError
@@ -116,3 +117,16 @@ def test_a_pipe_or_a_device_is_a_mistake(verify: Verify, tmp_path: Path) -> None
     for name in ("pipe.gguf", "link.gguf"):
         with pytest.raises(UsageError, match=r"is a pipe or a device, or a link to one; to do: write it to a file"):
             verify(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"])
+def test_any_rows_of_a_file_are_those_of_the_whole_tensor(bench: Bench, write: Callable[..., Path], name: str) -> None:
+    """llama.cpp has the rows of q and k in another order."""
+    with write("right").open("rb") as file:
+        tensor = GgufRelease(file, bench.model()).open(name)
+        whole = tensor.read(slice(None))
+        assert tensor.step == 1
+        for rows in (slice(0, 1), slice(5, 41), slice(60, None)):
+            assert torch.equal(tensor.read(rows), whole[rows])
+    near = bench.faulty("right", "lora", 0.03, torch.clone)[name]
+    assert float((whole - near).norm()) < 0.15 * float(near.norm())
