@@ -30,6 +30,7 @@ class FindingKind:
         hint: what to do about it; empty for a good answer.
         never_allowed: not empty if `--allow` does not accept it: the tensors were then not compared, or, with another
             base, every value may differ.
+        page: the page of the guides that has its section.
     """
 
     id: str
@@ -38,6 +39,7 @@ class FindingKind:
     phrase: str = ""
     hint: str = ""
     never_allowed: str = ""
+    page: str = "verify"
 
     @property
     def is_good(self) -> bool:

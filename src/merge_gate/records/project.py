@@ -24,7 +24,7 @@ def check_url(check: str, version: str) -> str | None:
     return f"{documentation}checks/{check}/" if documentation else None
 
 
-def kind_url(kind: str, version: str) -> str | None:
-    """The address of the section on an answer of `merge-gate verify`."""
+def kind_url(kind: str, version: str, page: str = "verify") -> str | None:
+    """The address of the section on an answer of `merge-gate verify`, on this page of the guides."""
     documentation = documentation_url(version)
-    return f"{documentation}guides/verify/#{kind}" if documentation else None
+    return f"{documentation}guides/{page}/#{kind}" if documentation else None

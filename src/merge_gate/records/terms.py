@@ -195,7 +195,7 @@ class Finding:
     )
 
 
-class Likeness(SealedEnum):
+class Likeness(StrEnum):
     """What the directory that adapter_config.json names is, next to the base of the run."""
 
     SAME = "same"

@@ -14,7 +14,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize, Fp8Quantize
 
 from merge_gate._internal.errors import EngineError
 from merge_gate.features.quantized.checkpoint import Checkpoint
-from tests.support.quantized.checkpoints import WRITTEN, Tensors, opened, written
+from tests.support.quantized.checkpoints import WRITTEN, Tensors, opened, read, requantized, written
 
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
@@ -28,7 +28,7 @@ def random(*shape: int) -> torch.Tensor:
 
 def unlike(release: Checkpoint, weight: torch.Tensor, expected: torch.Tensor) -> float:
     """The distance of our quantized weight from the tool's, in units of the noise."""
-    again = release.requantized("layer.weight", weight)
+    again = requantized(release, "layer.weight", weight)
     assert again is not None
     return float((again - expected).norm() / (expected - weight).norm())
 
@@ -37,7 +37,7 @@ def unlike(release: Checkpoint, weight: torch.Tensor, expected: torch.Tensor) ->
 def test_values_are_those_of_the_tool(name: str, tmp_path: Path) -> None:
     parts, expected, settings = written(name)
     release = opened(tmp_path, parts, {"layer.weight": expected}, settings)
-    values = release.read("layer.weight")
+    values = read(release, "layer.weight")
     assert values.dtype == torch.float32
     assert torch.allclose(values, expected, rtol=1e-3, atol=1e-6)  # some tools compute in float16
 
@@ -60,7 +60,7 @@ def test_bitsandbytes_in_4_bits(kind: str, is_nested: bool, tmp_path: Path) -> N
     tensors = {f"layer.{name}": tensor for name, tensor in layer.state_dict().items()}
     expected = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     release = opened(tmp_path, tensors, {"layer.weight": weight}, BITSANDBYTES)
-    assert torch.allclose(release.read("layer.weight"), expected, atol=1e-6)
+    assert torch.allclose(read(release, "layer.weight"), expected, atol=1e-6)
     assert release.format == "bitsandbytes (4 bits in groups of 64)"
     assert unlike(release, weight, expected) < (0.1 if is_nested else 1e-3)
 
@@ -73,7 +73,7 @@ def test_bitsandbytes_in_8_bits(tmp_path: Path) -> None:
     tensors = {f"layer.{name}": tensor for name, tensor in layer.state_dict().items()}
     expected = bitsandbytes.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
     release = opened(tmp_path, tensors, {"layer.weight": weight}, {"load_in_8bit": True})
-    assert torch.allclose(release.read("layer.weight"), expected, atol=1e-5)
+    assert torch.allclose(read(release, "layer.weight"), expected, atol=1e-5)
     assert release.kind("layer.weight") == "8 bits"
 
 
@@ -86,7 +86,7 @@ def test_fp8_of_transformers(scale_format: str, tmp_path: Path) -> None:
     scale = made["layer.weight_scale_inv"]
     expected = Fp8Dequantize(quantizer)._dequantize_one(made["layer.weight"], scale, torch.float32)
     release = opened(tmp_path, made, {"layer.weight": weight}, FP8)
-    assert torch.equal(release.read("layer.weight"), expected)
+    assert torch.equal(read(release, "layer.weight"), expected)
     assert unlike(release, weight, expected) < 0.1
     assert release.format == "FP8 (FP8)"
 
@@ -95,14 +95,14 @@ def test_a_last_block_of_fp8_may_be_smaller(tmp_path: Path) -> None:
     codes, scales = random(80, 100).to(torch.float8_e4m3fn), 1 + random(3, 2).abs()
     tensors = {"layer.weight": codes, "layer.weight_scale_inv": scales}
     expected = codes.float() * scales.repeat_interleave(32, 0)[:80].repeat_interleave(64, 1)[:, :100]
-    assert torch.equal(opened(tmp_path, tensors, {"layer.weight": codes}, FP8).read("layer.weight"), expected)
+    assert torch.equal(read(opened(tmp_path, tensors, {"layer.weight": codes}, FP8), "layer.weight"), expected)
 
 
 def test_fp8_of_fbgemm_has_a_scale_for_each_row(tmp_path: Path) -> None:
     codes, scales = random(8, 16).to(torch.float8_e4m3fn), 1 + random(8, 1).abs()
     tensors = {"layer.weight": codes, "layer.weight_scale": scales, "layer.input_scale_ub": torch.ones(1)}
     release = opened(tmp_path, tensors, {"layer.weight": codes}, {"quant_method": "fbgemm_fp8"})
-    assert torch.equal(release.read("layer.weight"), codes.float() * scales)
+    assert torch.equal(read(release, "layer.weight"), codes.float() * scales)
 
 
 def test_columns_in_the_order_of_activations(tmp_path: Path) -> None:
@@ -111,10 +111,9 @@ def test_columns_in_the_order_of_activations(tmp_path: Path) -> None:
     index = torch.arange(64).flip(0) // 32
     codes = expected.view(32, 2, 32) / parts["layer.weight_scale"].float()[..., None]
     scales = parts["layer.weight_scale"].float()[:, index]
-    ordered = opened(
-        tmp_path, parts | {"layer.weight_g_idx": index.int()}, {"layer.weight": expected}, COMPRESSED
-    ).read("layer.weight")
-    assert torch.allclose(ordered, codes.round().view(32, 64) * scales, atol=1e-3)
+    parts |= {"layer.weight_g_idx": index.int()}
+    ordered = opened(tmp_path, parts, {"layer.weight": expected}, COMPRESSED)
+    assert torch.allclose(read(ordered, "layer.weight"), codes.round().view(32, 64) * scales, atol=1e-3)
 
 
 def test_other_tensors_are_plain_floats(tmp_path: Path) -> None:
@@ -123,9 +122,9 @@ def test_other_tensors_are_plain_floats(tmp_path: Path) -> None:
     release = opened(
         tmp_path, {**parts, **plain}, {"layer.weight": expected, **plain, "gone.weight": expected.clone()}, settings
     )
-    assert torch.equal(release.read("head.weight"), plain["head.weight"].float())
+    assert torch.equal(read(release, "head.weight"), plain["head.weight"].float())
     assert release.kind("head.weight") == ""
-    assert release.requantized("norm.weight", plain["norm.weight"]) is None
+    assert requantized(release, "norm.weight", plain["norm.weight"]) is None
     assert [name in release for name in ("norm.weight", "layer.weight", "gone.weight")] == [True, True, False]
     assert release.format == "GPTQ (8 bits in groups of 32)"
 
@@ -134,7 +133,7 @@ def test_weights_that_the_base_stores_transposed(tmp_path: Path) -> None:
     """The layers of GPT-2 are such."""
     parts, expected, settings = written("gptq-8")
     release = opened(tmp_path, parts, {"layer.weight": expected.T}, settings)
-    assert torch.allclose(release.read("layer.weight"), expected.T, atol=1e-2)
+    assert torch.allclose(read(release, "layer.weight"), expected.T, atol=1e-2)
     assert unlike(release, random(32, 64).bfloat16().float().T, expected.T) < 0.1
 
 
@@ -218,7 +217,7 @@ def test_settings_that_contradict_the_weights_are_refused(
 ) -> None:
     parts, expected, _ = written(name)
     with pytest.raises(EngineError, match=words):
-        opened(tmp_path, parts, {"layer.weight": expected}, settings).read("layer.weight")
+        read(opened(tmp_path, parts, {"layer.weight": expected}, settings), "layer.weight")
 
 
 @pytest.mark.parametrize(
@@ -235,7 +234,7 @@ def test_settings_that_contradict_the_weights_are_refused(
 def test_settings_of_some_weights_may_differ(name: str, settings: dict[str, Any], tmp_path: Path) -> None:
     parts, expected, _ = written(name)
     release = opened(tmp_path, parts, {"layer.weight": expected}, settings)
-    assert torch.allclose(release.read("layer.weight"), expected, rtol=1e-3, atol=1e-6)
+    assert torch.allclose(read(release, "layer.weight"), expected, rtol=1e-3, atol=1e-6)
 
 
 def test_tensors_that_the_base_does_not_have_are_named(tmp_path: Path) -> None:
@@ -250,7 +249,7 @@ def test_groups_beyond_the_scales_are_refused(tmp_path: Path) -> None:
     parts = parts_of_gptq(g_idx=torch.full((64,), 2, dtype=torch.int32))
     release = opened(tmp_path, parts, {"layer.weight": random(32, 64)}, GPTQ)
     with pytest.raises(EngineError, match=r"'layer\.weight' has a g_idx beyond its 2 groups"):
-        release.read("layer.weight")
+        read(release, "layer.weight")
 
 
 def test_other_names_than_the_base_has_are_refused(tmp_path: Path) -> None:
@@ -294,4 +293,4 @@ def test_a_hostile_state_of_bitsandbytes_is_refused(state: bytes, tmp_path: Path
     }
     release = opened(tmp_path, tensors, {"layer.weight": random(8, 16)}, BITSANDBYTES)
     with pytest.raises(EngineError, match=r"quant_state|another quant_map than the one of nf4"):
-        release.read("layer.weight")
+        read(release, "layer.weight")

@@ -22,7 +22,7 @@ from merge_gate.records.terms import Verdict
 from merge_gate.run.view import View
 from merge_gate.worker.supervisor import WorkerSlot
 from tests.support.gating import SPEC
-from tests.support.quantized.checkpoints import opened, saved
+from tests.support.quantized.checkpoints import opened, read, saved
 from tests.support.quantized.releases import FAULTS, Bench
 from tests.support.quantized.writers import FORMATS, written_in
 
@@ -36,7 +36,7 @@ def write(bench: Bench, tmp_path: Path) -> Write:
     def roundtrip(weight: torch.Tensor, name: str) -> torch.Tensor:
         written = written_in(name, {"a_proj.weight": weight})
         release = opened(tmp_path / "one", written, {"a_proj.weight": weight}, FORMATS[name][1])
-        return release.read("a_proj.weight")
+        return read(release, "a_proj.weight")
 
     def made(name: str, fault: str, method: str = "lora", share: float = 0.03) -> tuple[Path, Checkpoint]:
         tensors = written_in(name, bench.faulty(fault, method, share, partial(roundtrip, name=name)))

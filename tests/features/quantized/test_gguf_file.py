@@ -102,6 +102,16 @@ BROKEN: dict[str, bytes] = {
 }
 
 
+def test_a_header_of_empty_strings_is_refused_before_they_are_read(tmp_path: Path) -> None:
+    strings = key(b"k", 9, struct.pack("<IQ", 8, 1_500_000) + bytes(8 * 1_500_000))
+    read(file_of(info(), keys=(strings,)), tmp_path)
+    with pytest.raises(EngineError, match=r"has 1,500,000 strings, expected at most 500,000"):
+        read(file_of(info(), keys=(strings, strings.replace(b"k", b"l", 1))), tmp_path)
+    endless = key(b"k", 9, struct.pack("<IQ", 8, 1 << 40))
+    with pytest.raises(EngineError, match=r"has 1,099,511,627,776 strings, expected at most 2,000,000"):
+        read(file_of(keys=(endless,)) + bytes(1 << 20), tmp_path)
+
+
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
 def test_a_broken_header_is_refused(content: bytes, tmp_path: Path) -> None:
     tracemalloc.start()

@@ -9,7 +9,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from merge_gate.features.quantized.measurement import TensorStrength
-from merge_gate.features.quantized.tensor_fit import fitted
+from tests.support.quantized.fits import fitted
 from tests.support.quantized.gguf_files import roundtrip
 from tests.support.quantized.quantizers import QUANTIZERS
 

@@ -15,7 +15,7 @@ from merge_gate._internal.errors import EngineError
 from merge_gate.engine.base.tensor_map import tensor_map
 from merge_gate.features.quantized.checkpoint import open_checkpoint
 from merge_gate.features.quantized.consumer import ByModelNames
-from tests.support.quantized.checkpoints import WEIGHTS, Tensors, saved
+from tests.support.quantized.checkpoints import WEIGHTS, Tensors, read, saved
 from tests.support.quantized.folded import SETTINGS
 
 SIZES: dict[str, Any] = {
@@ -59,8 +59,8 @@ def test_each_name_of_a_tied_tensor_has_its_own_values(tmp_path: Path) -> None:
     head = torch.randn(64, 64)
     release, model = opened(tmp_path / "untied", config, {"lm_head.weight": head}, aliases)
     assert release.added == ()
-    assert torch.equal(release.read("lm_head.weight"), head)
-    assert torch.equal(release.read("model.embed_tokens.weight"), model.lm_head.weight)
+    assert torch.equal(read(release, "lm_head.weight"), head)
+    assert torch.equal(read(release, "model.embed_tokens.weight"), model.lm_head.weight)
     assert "lm_head.weight" not in opened(tmp_path / "tied", config, {}, aliases)[0]
 
 
@@ -68,7 +68,7 @@ def test_fused_experts_have_the_values_of_the_stored_ones(tmp_path: Path) -> Non
     release, model = opened(tmp_path, MixtralConfig(**SIZES, num_local_experts=3), {})
     for name, values in model.state_dict().items():
         assert release.shape(name) == tuple(values.shape)
-        assert torch.equal(release.read(name), values), name
+        assert torch.equal(read(release, name), values), name
     assert release.kind("model.layers.0.mlp.experts.gate_up_proj") == "8 bits"
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from gguf import GGMLQuantizationType as Type
 
 from merge_gate._internal.errors import EngineError, UsageError
 from merge_gate.config.from_arguments import config_of
 from merge_gate.features.quantized.gguf_release import GgufRelease
-from merge_gate.features.verify.verify_flow import Verification
+from merge_gate.features.verify.verify_flow import Verification, verify_record
 from merge_gate.records.report import AdapterReport
 from merge_gate.records.terms import Verdict
 from merge_gate.report.wording.run_result import advice, verdict_line
@@ -99,3 +101,32 @@ def test_a_directory_of_gguf_files_is_a_mistake(verify: Verify, write: Callable[
     path = write("right")
     with pytest.raises(UsageError, match=r"1 GGUF file and no safetensors files; to do: name one file: .*right\.gguf"):
         verify(path.parent)
+
+
+def test_a_file_alone_needs_its_base_and_adapter(write: Callable[..., Path], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "link.gguf").symlink_to(write("right"))
+    for path in (write("right"), tmp_path / "pipe.gguf", tmp_path / "link.gguf"):
+        with pytest.raises(UsageError, match=r"single file, .*; to do: add --base BASE --adapter ADAPTER"):
+            verify_record(str(path), view=View())
+
+
+def test_a_pipe_or_a_device_is_a_mistake(verify: Verify, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.gguf")
+    (tmp_path / "link.gguf").symlink_to("/dev/zero")
+    for name in ("pipe.gguf", "link.gguf"):
+        with pytest.raises(UsageError, match=r"is a pipe or a device, or a link to one; to do: write it to a file"):
+            verify(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.self_attn.q_proj.weight", "model.layers.1.self_attn.k_proj.weight"])
+def test_any_rows_of_a_file_are_those_of_the_whole_tensor(bench: Bench, write: Callable[..., Path], name: str) -> None:
+    """llama.cpp has the rows of q and k in another order."""
+    with write("right").open("rb") as file:
+        tensor = GgufRelease(file, bench.model()).open(name)
+        whole = tensor.read(slice(None))
+        assert tensor.step == 1
+        for rows in (slice(0, 1), slice(5, 41), slice(60, None)):
+            assert torch.equal(tensor.read(rows), whole[rows])
+    near = bench.faulty("right", "lora", 0.03, torch.clone)[name]
+    assert float((whole - near).norm()) < 0.15 * float(near.norm())

@@ -44,6 +44,17 @@ def release(strengths: Sequence[float], error: float = 0.01, **more: Any) -> Mea
     return Measurement(format="GGUF (Q4_0)", tensors=(*tensors, untouched(0), untouched(1)))
 
 
+def small(number: int, strength: float, part: str, error: float = 0.1) -> TensorStrength:
+    """A tensor whose delta is small next to its noise, so that alone it may be near to both 1 and 0.75."""
+    return tensor(number, strength, error, name=f"layers.{number}.mlp.{part}.weight")
+
+
+def mixed(strengths: Sequence[float], parts: Sequence[str] = ("up_proj", "down_proj")) -> Measurement:
+    """A release whose attention is well measured, and whose other modules are not."""
+    rest = (small(number, strength, part) for part in parts for number, strength in enumerate(strengths))
+    return replace(release(RIGHT), tensors=(*release(RIGHT).tensors, *rest))
+
+
 def findings(measurement: Measurement, **candidates: Measurement) -> list[Finding]:
     config = AdapterConfig(r=16, lora_alpha=64)
     made = strength_findings(measurement, candidates, adapter="support", config=config)
@@ -90,6 +101,40 @@ def test_the_strengths_give_the_kind(measurement: Measurement, expected: str) ->
     assert kinds[0] == expected or (expected == "base-changed" and expected in kinds), kinds
 
 
+def test_a_sample_is_said() -> None:
+    (one,) = findings(release(RIGHT, sampled=0.25))
+    assert one.message.endswith(" times its size. Its errors rest on 25% of the values")
+
+
+@pytest.mark.parametrize(
+    ("strengths", "expected"),
+    [
+        ([1.05, 0.9, 1.1, 0.95] * 4, "applied"),
+        ([0.75, 0.7, 0.85, 0.8] * 4, "other-strength"),
+        ([1.25, 1.3, 1.2, 1.2] * 4, "other-strength"),
+        ([0.05, 0.1, -0.1, 0.02] * 4, "applied-in-part"),
+    ],
+)
+def test_the_strengths_of_a_kind_are_pooled(strengths: list[float], expected: str) -> None:
+    assert [one.check for one in findings(mixed(strengths))] == [expected]
+
+
+def test_a_kind_at_another_strength_is_named_with_its_strength_and_error() -> None:
+    (one,) = findings(mixed([0.75, 0.7, 0.85, 0.8] * 4))
+    assert one.message == 'the delta is in 32 tensors of the kind "mlp" 0.77 ± 0.02 times, expected once'
+    (one,) = findings(mixed([0.72, 0.7, 0.74, 0.76] * 5, parts=["down_proj"]))
+    assert '20 tensors of the kind "down_proj" 0.73 ± 0.03 times' in one.message
+
+
+def test_the_strength_of_a_kind_is_compared_with_that_of_the_repeated_quantization() -> None:
+    right = mixed([0.82] * 16)
+    lossy = replace(
+        right, tensors=tuple(replace(one, own_strength=0.82) if "mlp" in one.name else one for one in right.tensors)
+    )
+    assert [one.check for one in findings(right)] == ["other-strength"]
+    assert [one.check for one in findings(lossy)] == ["applied"]
+
+
 def test_an_applied_release_is_described_in_one_line() -> None:
     (one,) = findings(release(RIGHT))
     assert one.message == (
@@ -104,6 +149,12 @@ def test_each_tensor_has_a_note_and_the_furthest_is_first() -> None:
     assert [one.tensor for one in notes][:1] == ["layers.2.q_proj.weight"]
     assert len(notes) == 3
     assert notes[0].message == "the delta is in it 0.50 ± 0.01 times; the noise is 4 times its size"
+
+
+@pytest.mark.parametrize(("delta", "is_unsure"), [(DELTA, True), (2 * NOISE, False)])
+def test_noise_that_may_hide_another_adapter_is_said(delta: float, is_unsure: bool) -> None:
+    (one,) = findings(release([0.0, 0.01, -0.01, 0.0], delta=delta))
+    assert (one.check, one.hint.endswith("name others with --candidate")) == ("not-applied", is_unsure)
 
 
 def test_scalings_that_fit_a_factor_are_named() -> None:

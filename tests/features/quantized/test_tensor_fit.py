@@ -11,7 +11,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 
 from merge_gate.features.quantized.measurement import TensorStrength
-from merge_gate.features.quantized.tensor_fit import fitted
+from tests.support.quantized.fits import fitted
 
 ROWS, COLUMNS = 128, 128
 
@@ -114,3 +114,39 @@ def test_a_rotated_tensor_is_recognized() -> None:
     assert measured(base, 0.0, base @ rotation).rotated
     assert not measured(base, 0.0, base_and_delta(0.1, seed=5)[0]).rotated
     assert not measured(base, 0.0, base + 0.1 * base.flip(1)).rotated
+
+
+def test_a_wide_tensor_keeps_its_shuffles() -> None:
+    """A block of 16,384 columns has 8 rows. The rows that are shuffled come from several blocks."""
+    random = torch.Generator().manual_seed(0)
+    shape = (160, 16_384)
+    base = (torch.randn(shape, generator=random) * 0.02).bfloat16().float()
+    delta = torch.randn(shape[0], 2, generator=random) @ torch.randn(2, shape[1], generator=random) * 1e-3
+    noise = 1e-3 * torch.randn(shape, generator=random)
+    alike = torch.randn(shape[0], 2, generator=random) @ (
+        torch.randn(2, 2, generator=random) @ torch.linalg.pinv(delta[:2]).T
+    )
+    alike *= noise.norm() / alike.norm()
+    outline = TensorStrength(name="w", kind="q", touched=True, shape=shape, expected_shape=shape)
+    errors = {
+        block: [
+            fitted(outline, base, base + delta, base + delta + rest, torch.bfloat16, None, block).error
+            for rest in (noise, alike)
+        ]
+        for block in (8, 160)
+    }
+    for white, of_rows in errors.values():
+        assert of_rows > 5 * white
+    assert errors[8][1] == pytest.approx(errors[160][1], rel=0.5)
+
+
+@pytest.mark.parametrize("block", [1, 17, 128])
+def test_blocks_change_nothing(block: int) -> None:
+    base, delta = base_and_delta(0.03)
+    actual = quantized(base + delta, Type.Q4_0)
+    outline = TensorStrength(name="w", kind="q", touched=True, shape=base.shape, expected_shape=base.shape)
+    again = partial(quantized, kind=Type.Q4_0)
+    own, whole = (fitted(outline, base, base + delta, actual, torch.bfloat16, again, size) for size in (block, ROWS))
+    for name in ("strength", "error", "scale", "noise", "own_noise", "loudest", "uneven", "bend"):
+        assert getattr(own, name) == pytest.approx(getattr(whole, name), rel=1e-3), name
+    assert (own.is_erased, own.changed) == (whole.is_erased, whole.changed)

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from merge_gate.features.quantized.checkpoint import Checkpoint, open_checkpoint
+from merge_gate.features.quantized.release import Release
 from merge_gate.features.verify.finished_model import Files
 from merge_gate.files.feed import LocalFeed
 from merge_gate.files.headers import open_regular, parse_file
@@ -36,6 +37,16 @@ def opened(path: Path, release: Tensors, base: Tensors, settings: dict[str, Any]
     """A release with these settings of a quantization, and its base."""
     files = saved(path / "release", release, {**config, "quantization_config": settings})
     return open_checkpoint(files, saved(path / "base", base), "release")
+
+
+def read(release: Release, name: str) -> torch.Tensor:
+    """All values of a tensor."""
+    return release.open(name).read(slice(None))
+
+
+def requantized(release: Release, name: str, values: torch.Tensor) -> torch.Tensor | None:
+    """All values of a tensor, quantized as the release is."""
+    return release.open(name).requantized(values, slice(None))
 
 
 def written(name: str) -> tuple[Tensors, torch.Tensor, dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -32,7 +33,14 @@ def permuted(values: torch.Tensor, heads: int) -> torch.Tensor:
     return split.transpose(1, 2).reshape(values.shape)
 
 
-def write_llama(path: Path, tensors: Mapping[str, torch.Tensor], config: Any, kind: Type, embedding: Type) -> None:
+def write_llama(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    config: Any,
+    kind: Type,
+    embedding: Type,
+    tokenizer: Mapping[str, Any] = MappingProxyType({"tokens": ["<s>", "a", "b"]}),
+) -> None:
     """A Llama with its matrices in one type, the embedding and the head in another, and norms in float32."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     made = {}
@@ -40,7 +48,7 @@ def write_llama(path: Path, tensors: Mapping[str, torch.Tensor], config: Any, ki
         stem, _, last = name.rpartition(".")
         used = embedding if "embed" in name or "lm_head" in name else kind
         made[f"{names.get_name(stem)}.{last}"] = converted(name, values, config), used
-    write(path, "llama", made, keys_of(config))
+    write(path, "llama", made, keys_of(config), tokenizer)
 
 
 def converted(name: str, values: torch.Tensor, config: Any) -> torch.Tensor:
@@ -61,13 +69,22 @@ def keys_of(config: Any) -> dict[str, float]:
 
 
 def write(
-    path: Path, architecture: str, tensors: Mapping[str, tuple[torch.Tensor, Type]], keys: Mapping[str, float]
+    path: Path,
+    architecture: str,
+    tensors: Mapping[str, tuple[torch.Tensor, Type]],
+    keys: Mapping[str, float],
+    tokenizer: Mapping[str, Any] = MappingProxyType({"tokens": ["<s>", "a", "b"]}),
 ) -> None:
-    """A file with these tensors. Vectors are in float32."""
+    """A file with these tensors and keys of a tokenizer. Vectors are in float32."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in keys.items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(f"{architecture}.{key}", value)
-    writer.add_array("tokenizer.ggml.tokens", ["<s>", "a", "b"])
+    for key, value in tokenizer.items():
+        name = f"tokenizer.{'' if key == 'chat_template' else 'ggml.'}{key}"
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            (writer.add_uint32 if isinstance(value, int) else writer.add_string)(name, value)
     for name, (values, kind) in tensors.items():
         used = Type.F32 if values.dim() < 2 else kind
         writer.add_tensor(name, packed(values, used), raw_dtype=used)

@@ -12,6 +12,7 @@ import torch
 from bitsandbytes import functional
 
 from merge_gate.features.quantized.layouts import Grid
+from merge_gate.features.quantized.release import OpenTensor
 
 GROUP = 64
 _RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
@@ -150,9 +151,11 @@ class MemoryRelease:
     def shape(self, name: str) -> torch.Size:
         return self._tensors[name].shape
 
-    def read(self, name: str) -> torch.Tensor:
+    def open(self, name: str) -> OpenTensor:
         is_plain = name in self._on_grid or not self.kind(name)
-        return self._tensors[name].clone() if is_plain else self._grid(name).values()
+        values = self._tensors[name] if is_plain else self._grid(name).values()
 
-    def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        return self._grid(name).nearest(values) if self.kind(name) else None
+        def again(others: torch.Tensor, rows: slice) -> torch.Tensor | None:
+            return self._grid(name).part(rows).nearest(others) if self.kind(name) else None
+
+        return OpenTensor(tuple(values.shape), values.__getitem__, again)

@@ -7,6 +7,7 @@ by these headers, before any weight is read. Runs in the worker.
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -15,14 +16,16 @@ from types import MappingProxyType
 import torch
 
 from merge_gate._internal.errors import EngineError
-from merge_gate.engine.base.stored_spans import stored_bytes
+from merge_gate.engine.base.stored_spans import StoredBytes, stored_bytes
 from merge_gate.engine.base.tensor_map import DTYPES
 from merge_gate.features.quantized.folds import ROWS, Folds
 from merge_gate.features.quantized.layouts import LAYOUTS, DeclaredGrid, Grid, Layout, LayoutError, Weight
 from merge_gate.features.quantized.measurement import Setting
 from merge_gate.features.quantized.quantization_settings import read_settings
+from merge_gate.features.quantized.release import OpenTensor
 from merge_gate.features.verify.finished_model import Files
 from merge_gate.files.base_formats import KNOWN_NAMES
+from merge_gate.files.feed import Feed
 from merge_gate.files.headers import DTYPE_BITS, shown
 from merge_gate.records.files import StoredTensor
 
@@ -42,9 +45,15 @@ _HINT = (
 
 
 def open_checkpoint(
-    files: Files, base: Files, label: str, aliases: Mapping[str, str] = MappingProxyType({})
+    files: Files,
+    base: Files,
+    label: str,
+    aliases: Mapping[str, str] = MappingProxyType({}),
+    own: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> Checkpoint:
     """Open a release. `aliases` are further names of tied tensors, with those that the base stores.
+
+    `own` are the shapes of tensors that the model has and the base does not store, such as a classifier's head.
 
     Raises:
         EngineError: it cannot be read. The message names the format or the tensor.
@@ -53,7 +62,7 @@ def open_checkpoint(
     stored = {tensor.name: tensor for tensor in base.stored}
     stored = {alias: stored[first] for alias, first in aliases.items() if first in stored} | stored
     try:
-        return Checkpoint(files, base, stored, *read_settings(files.directory))
+        return Checkpoint(files, base, stored, *read_settings(files.directory), own)
     except LayoutError as error:
         raise EngineError(f"the release {shown(label)} {error}", hint=_HINT) from error
 
@@ -62,7 +71,8 @@ class Checkpoint:
     """The tensors of a release, by the names of the base's stored tensors: a `Release` (release.py).
 
     `of_base` are the base's tensors by name, and `method` is a key of `LAYOUTS`. `folds` are the scales that AWQ or
-    SmoothQuant has moved, and `head` is the size of an attention head. `added` are tensors that the base does not have.
+    SmoothQuant has moved, and `head` is the size of an attention head. `own` are the shapes of further tensors of the
+    model. `added` are tensors that neither has.
 
     Raises:
         LayoutError: a weight has parts that do not fit. The text names it.
@@ -76,9 +86,11 @@ class Checkpoint:
         method: str,
         declared: DeclaredGrid,
         head: int,
+        own: Mapping[str, Sequence[int]] = MappingProxyType({}),
     ) -> None:
         self._feed, self._method, self._declared = files.feed, method, declared
         self._shapes = {name: tensor.shape for name, tensor in of_base.items()}
+        self._shapes |= {name: tuple(shape) for name, shape in own.items() if name not in self._shapes}
         self._parts, others = _parts(files.stored, self._shapes)
         self._plain = {tensor.name for tensor in files.stored if tensor.dtype in PLAIN} & self._shapes.keys()
         if not self._parts:
@@ -102,7 +114,7 @@ class Checkpoint:
             if not self._is_transposed and self.shape(name) == tuple(tensor.shape)
         }
         self.folds = Folds(self._stored, self._base_rows, shapes, head)
-        self._latest: tuple[str, Grid] | None = None
+        self._latest = threading.local()
         kinds = Counter(map(self.kind, self._parts))
         title = {"bitsandbytes": "bitsandbytes", "mlx": "MLX"}.get(method) or KNOWN_NAMES[method.removesuffix("_v2")]
         self.format = f"{title} ({'; '.join(kind for kind, _ in kinds.most_common(3))})"
@@ -111,9 +123,6 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts or name in self._plain
-
-    def expects(self, name: str) -> bool:
-        return name in self._shapes
 
     def _is_zero_bias(self, name: str) -> bool:
         """Whether it is a bias of zeros, as GPTQ stores for layers without one."""
@@ -138,64 +147,77 @@ class Checkpoint:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._shapes[name] if name in self._parts else self._places[name].shape)
 
-    def read(self, name: str) -> torch.Tensor:
-        """The values in float32, in the shape of the base's stored tensor.
-
-        Raises:
-            SourceError: the bytes could not be had.
-            EngineError: the parts of the tensor contradict each other.
-        """
-        return self.folds.undone(name, self._stored(name))
-
-    def _stored(self, name: str) -> torch.Tensor:
-        if name in self._parts:
-            return self._oriented(self._grid(name).values(), name)
-        return self._places[name].read(self._feed).float()
-
-    def _base_rows(self, name: str, start: int) -> torch.Tensor:
-        """Rows of a tensor of the base, from this one on; all values of a vector."""
-        place = self._base[name]
-        count = min(ROWS, place.shape[0] - start) if len(place.shape) > 1 else place.shape[0]
-        row_bytes = (place.span.end - place.span.start) // place.shape[0]
-        span = replace(place.span, start=place.span.start + start * row_bytes)
-        return replace(place, shape=(count, *place.shape[1:]), span=span).read(self._base_feed).float()
-
-    def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        """Other values of this tensor, quantized to the nearest codes. None for plain floats.
-
-        The scales follow from the extremes of these values if those of the release are such. If these are the scales of
-        the base, the release was merged into the base's codes, and its scales are kept.
-        """
+    def open(self, name: str) -> OpenTensor:
         if name not in self._parts:
-            return None
-        grid = self._grid(name)
-        folded = self._folded(name, values, grid)
-        starts = range(0, self._shapes[name][0], ROWS)
-        base = self._folded(name, torch.cat([self._base_rows(name, start) for start in starts]), grid)
-        is_of_base = float((grid.refitted(base).scales == grid.scales).float().mean()) > MOST
-        made = (grid if is_of_base else grid.refitted(folded)).nearest(folded)
-        return self.folds.undone(name, self._oriented(made, name))
+            return OpenTensor(
+                self.shape(name),
+                lambda rows: self.folds.undone(name, self._stored(name, rows), rows),
+                lambda _values, _rows: None,
+            )
+        grid, shape = self._grid(name), self._shapes[name]
+        step = shape[0] if self._is_transposed or len(grid.codes) % shape[0] else grid.height
+        is_of_base: list[bool] = []
 
-    def _folded(self, name: str, values: torch.Tensor, grid: Grid) -> torch.Tensor:
-        """Values of a tensor in the shape of its codes, with the scales that were moved."""
-        rows, columns = self.folds.factors(name)
-        values = (values * columns).mul_(rows[:, None])
+        def again(values: torch.Tensor, rows: slice) -> torch.Tensor:
+            if not is_of_base and name not in self._base:
+                is_of_base.append(False)
+            if not is_of_base:
+                first = slice(0, shape[0] if step == shape[0] else -(-ROWS // step) * step)
+                own, base = self._part(name, grid, first), self._base_rows(name, first)
+                scales = own.refitted(self._folded(name, base, own, first)).scales
+                is_of_base.append(float((scales == own.scales).float().mean()) > MOST)
+            own = self._part(name, grid, rows)
+            folded = self._folded(name, values, own, rows)
+            made = (own if is_of_base[0] else own.refitted(folded)).nearest(folded)
+            return self.folds.undone(name, self._oriented(made, values.shape), rows)
+
+        return OpenTensor(
+            tuple(shape), lambda rows: self.folds.undone(name, self._stored(name, rows), rows), again, step
+        )
+
+    def _part(self, name: str, grid: Grid, rows: slice) -> Grid:
+        """The rows of a grid that have these rows of the weight. A row of the weight may take several."""
+        if self._is_transposed or (rows.start or 0, rows.stop) == (0, self._shapes[name][0]):
+            return grid
+        count = len(grid.codes) // self._shapes[name][0]
+        return grid.part(slice((rows.start or 0) * count, None if rows.stop is None else rows.stop * count))
+
+    def _stored(self, name: str, rows: slice) -> torch.Tensor:
+        if name not in self._parts:
+            return _rows(self._places[name], self._feed, rows)
+        grid, shape = self._grid(name), self._shapes[name]
+        if self._is_transposed or len(grid.codes) % shape[0]:
+            return self._oriented(grid.values(), shape)[rows]
+        return self._oriented(self._part(name, grid, rows).values(), (-1, shape[1]))
+
+    def _base_rows(self, name: str, rows: slice) -> torch.Tensor:
+        return _rows(self._base[name], self._base_feed, rows)
+
+    def _folded(self, name: str, values: torch.Tensor, grid: Grid, rows: slice) -> torch.Tensor:
+        """Rows of a tensor in the shape of its codes, with the scales that were moved."""
+        by_row, columns = self.folds.factors(name)
+        if len(by_row) * len(columns) > 1:
+            values = (values * columns).mul_((by_row[rows] if len(by_row) > 1 else by_row)[:, None])
         return (values.mT.contiguous() if self._is_transposed else values).view(grid.codes.shape)
 
     def _grid(self, name: str) -> Grid:
-        """The grid of a weight. The latest one is kept, because a weight is read and requantized in turn."""
-        if self._latest is None or self._latest[0] != name:
-            self._latest = None
+        """The grid of a weight. Each thread keeps its latest one, because it reads a weight in parts."""
+        if getattr(self._latest, "name", None) != name:
+            self._latest.name = self._latest.grid = None
             parts = {part: self._places[tensor.name].read(self._feed) for part, tensor in self._parts[name].items()}
             try:
-                self._latest = name, self._layouts[name].read(self._weight(name), parts)
+                self._latest.grid = self._layouts[name].read(self._weight(name), parts).settled()
             except LayoutError as error:
                 raise EngineError(f"the release cannot be read: its {shown(name)} {error}", hint=_HINT) from error
-        return self._latest[1]
+            self._latest.name = name
+        grid: Grid = self._latest.grid
+        return grid
 
-    def _oriented(self, values: torch.Tensor, name: str) -> torch.Tensor:
-        values = values.view(self._weight(name).shape)
-        return values.mT.contiguous() if self._is_transposed else values
+    def _oriented(self, values: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Values in the shape of their codes, in the shape of the weight."""
+        if self._is_transposed:
+            return values.view(tuple(shape)[::-1]).mT.contiguous()
+        return values.view(tuple(shape))
 
     def _weight(self, name: str) -> Weight:
         rows, columns = self._shapes[name][:: -1 if self._is_transposed else 1]
@@ -209,6 +231,16 @@ class Checkpoint:
                 self._layouts[name].check(self._weight(name), on_meta)
             except LayoutError as error:
                 raise LayoutError(f"has a weight {shown(name)} that {error}") from error
+
+
+def _rows(place: StoredBytes, feed: Feed, rows: slice) -> torch.Tensor:
+    """Rows of a stored tensor in float32."""
+    if not place.shape:
+        return place.read(feed).float()
+    start, stop, _ = rows.indices(place.shape[0])
+    row_bytes = (place.span.end - place.span.start) // max(1, place.shape[0])
+    span = replace(place.span, start=place.span.start + start * row_bytes)
+    return replace(place, shape=(stop - start, *place.shape[1:]), span=span).read(feed).float()
 
 
 def _on_meta(tensor: StoredTensor) -> torch.Tensor:

@@ -4,18 +4,19 @@ In: merged tensors in float32, and the release's files. Out: a `Measurement` in 
 nothing.
 
 1. The release is opened, and refused by its headers.
-2. Each merged tensor is compared with the release's as it passes: one at a time, which bounds the memory.
-3. The other tensors are compared with the base's.
+2. Each merged tensor is compared with the release's, row by row, as it passes. Several pass at a time.
+3. The other tensors are compared with the base's: as they pass, or at the end.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,14 +28,19 @@ from merge_gate._internal.text import quoted
 from merge_gate.engine.adapter_evidence import MergeAttempt
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.tensor_map import DTYPES, RENAMED, TensorGroup, TensorMap
-from merge_gate.engine.consumer import Consumer, Outline, WholeTensors
+from merge_gate.engine.consumer import Consumer, Outline
+from merge_gate.engine.tensors.threads import spread
 from merge_gate.features.quantized.checkpoint import Checkpoint, open_checkpoint
 from merge_gate.features.quantized.folds import norms_of_one_plus
+from merge_gate.features.quantized.gguf_tokenizer import differing_tokenizer
 from merge_gate.features.quantized.measurement import Measurement, TensorStrength
-from merge_gate.features.quantized.release import Release, is_near
+from merge_gate.features.quantized.release import OpenTensor, Release, is_near, whole
 from merge_gate.features.quantized.release_flow import GGUF
-from merge_gate.features.quantized.tensor_fit import fitted
+from merge_gate.features.quantized.tensor_fit import BLOCK, TensorFit
+from merge_gate.features.verify.comparison import SettingsFiles
+from merge_gate.features.verify.expected_differences import Expectation
 from merge_gate.features.verify.finished_model import Files
+from merge_gate.features.verify.finished_settings import read_settings
 from merge_gate.files.feed import LocalFeed
 from merge_gate.records.files import Snapshot
 from merge_gate.records.measured import Evidence
@@ -42,26 +48,42 @@ from merge_gate.worker.pinned import pinned_directory
 from merge_gate.worker.protocol import Task
 
 if TYPE_CHECKING:
+    from merge_gate.features.quantized.gguf_release import GgufRelease
     from merge_gate.worker.group_bases import GroupBase, GroupBases
+
+_NOTHING_MEASURED = Measurement()
 
 
 def consumer(
-    finished: Snapshot, _task: Task, loaded: GroupBase, bases: GroupBases, pinned: contextlib.ExitStack
+    asked: tuple[Snapshot, tuple[SettingsFiles, ...]],
+    _task: Task,
+    loaded: GroupBase,
+    bases: GroupBases,
+    pinned: contextlib.ExitStack,
 ) -> Consumer:
-    """Step 1.
+    """Step 1. The tokenizer is compared with each of those that the release may have.
 
     Raises:
         EngineError: the release cannot be read.
     """
+    finished, files = asked
     assert finished.base_files is not None  # noqa: S101 - it was recognized by them
-    is_file = finished.base_files.quantization == GGUF
-    release = _opened_file(finished, loaded, pinned) if is_file else _opened_directory(finished, loaded, bases, pinned)
+    measurement, config = Measurement(), loaded.base.model.config
+    if finished.base_files.quantization == GGUF:
+        release: Release = (of_file := _opened_file(finished, loaded, pinned))
+        expected = (dict(own.expected) for own in files)
+        tokenizers = tuple(tuple(differing_tokenizer(of_file.header, own)) for own in expected)
+        measurement = replace(measurement, tokenizers=tokenizers)
+    else:
+        release = _opened_directory(finished, loaded, bases, pinned)
+        read = (read_settings(own, finished.directory, config, deepcopy(config), Expectation()) for own in files)
+        measurement = replace(measurement, files=tuple(read))
     stored = Counter(tensor.dtype for tensor in loaded.group.files.tensors if len(tensor.shape) > 1)
     dtype = getattr(torch, DTYPES[stored.most_common(1)[0][0]]) if stored else torch.float32
-    return StrengthConsumer(loaded.base, release, dtype)
+    return StrengthConsumer(loaded.base, release, dtype, measurement)
 
 
-def _opened_file(finished: Snapshot, loaded: GroupBase, pinned: contextlib.ExitStack) -> Release:
+def _opened_file(finished: Snapshot, loaded: GroupBase, pinned: contextlib.ExitStack) -> GgufRelease:
     from merge_gate.features.quantized.gguf_release import GgufRelease  # noqa: PLC0415 - slow to import
 
     try:
@@ -89,20 +111,21 @@ def _opened_directory(
     base_files = Files(directory=group.directory, stored=group.files.tensors, feed=bases.feed)
     sources = {alias: mapping.sources.get(first) for alias, first in loaded.base.aliases.items()}
     aliases = {alias: own[0] for alias, own in sources.items() if own and alias not in mapping.sources}
-    release = open_checkpoint(files, base_files, finished.name, aliases)
+    new = {name: tuple(loaded.base.tensors[name].shape) for name in loaded.base.newly_initialized}
+    release = open_checkpoint(files, base_files, finished.name, aliases, new)
     one_plus = norms_of_one_plus(mapping.model)
     release.folds.of_one_plus = {source for name in one_plus for source in mapping.sources.get(name, ())}
-    return ByModelNames(release, mapping, aliases)
+    return ByModelNames(release, mapping, {*aliases, *new})
 
 
 class ByModelNames:
     """A directory by the names of the model's tensors, which transformers makes of stored ones: a `Release`.
 
-    If several stored tensors make a tensor, transformers' own conversion makes it. `aliases` are further names of tied
-    tensors, which a release may store too.
+    If several stored tensors make a tensor, transformers' own conversion makes it. `others` are further names that a
+    release may store: of tied tensors, and of tensors that the base does not store.
     """
 
-    def __init__(self, release: Checkpoint, mapping: TensorMap, aliases: Collection[str] = ()) -> None:
+    def __init__(self, release: Checkpoint, mapping: TensorMap, others: Collection[str] = ()) -> None:
         self._release, self.format = release, release.format
         self.added, self.settings = release.added, release.settings
         for source in (source for group in mapping.groups if group.conversion != RENAMED for source in group.sources):
@@ -112,7 +135,8 @@ class ByModelNames:
                     f"the release stores {quoted(source, 120)} in the shape {list(shape)}, expected {list(expected)}",
                     hint="verify the merged model before it is quantized",
                 )
-        self._expected = {target for group in mapping.groups for target in group.targets}
+        self._expected = {target for group in mapping.groups for target in group.targets}.union(others)
+        self._one_conversion_at_a_time = threading.Lock()
         self._groups: dict[str, TensorGroup] = {
             target: group
             for group in mapping.groups
@@ -120,7 +144,7 @@ class ByModelNames:
             if all(source in release for source in group.sources)
             and (group.conversion == RENAMED or group.recipe is not None)
         }
-        self._groups |= {name: TensorGroup(sources=(name,), targets=(name,)) for name in aliases if name in release}
+        self._groups |= {name: TensorGroup(sources=(name,), targets=(name,)) for name in others if name in release}
 
     def expect(self, names: Collection[str]) -> None:
         """The merge can change these tensors."""
@@ -144,90 +168,190 @@ class ByModelNames:
         made = group.recipe({source: torch.empty(shape, device="meta") for source, shape in shapes.items()})
         return tuple(made[name].shape)
 
-    def read(self, name: str) -> torch.Tensor:
+    def open(self, name: str) -> OpenTensor:
         group = self._groups[name]
         if group.conversion == RENAMED or group.recipe is None:
-            return self._release.read(group.sources[0])
-        return group.recipe({source: self._release.read(source) for source in group.sources})[name].float()
-
-    def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        group = self._groups[name]
-        return self._release.requantized(group.sources[0], values) if group.conversion == RENAMED else None
+            return self._release.open(group.sources[0])
+        parts = {source: self._release.open(source).read(slice(None)) for source in group.sources}
+        with self._one_conversion_at_a_time:
+            return whole(group.recipe(parts)[name].float(), lambda _values: None)
 
 
-class StrengthConsumer(WholeTensors):
-    """Steps 2 and 3. `dtype` is that of the base's files. If the adapter was not merged, nothing is measured."""
+class StrengthConsumer(Consumer):
+    """Steps 2 and 3. `dtype` is that of the base's files, and `measurement` has what was compared before.
 
-    def __init__(self, base: Base, release: Release, dtype: torch.dtype) -> None:
-        super().__init__(self._touched)
+    If the adapter was not merged, nothing is measured.
+    """
+
+    takes_tensors = True
+
+    def __init__(
+        self, base: Base, release: Release, dtype: torch.dtype, measurement: Measurement = _NOTHING_MEASURED
+    ) -> None:
+        self._measurement = replace(measurement, format=release.format, added=release.added, settings=release.settings)
         self._base, self._release, self._dtype = base, release, dtype
-        self._facts: dict[str, TensorStrength] = {}
-        self._absent: dict[str, None] = {}
-        self._compared, self._untied = set[str](), set[str]()
-        self._lock = threading.Lock()
+        self._facts: dict[str, tuple[TensorStrength, ...]] = {}
+        self._begun: dict[str, list[_Comparison]] = {}
+        self._absent: dict[str, bool] = {}
+        self._merged, self._expected = set[str](), frozenset[str]()
+        self._untied: frozenset[tuple[str, str]] = frozenset()
 
     def expect(self, outlines: Mapping[str, Outline]) -> None:
+        self._expected = frozenset(outlines)
         if isinstance(self._release, ByModelNames):
             self._release.expect(outlines)
 
-    def _touched(self, name: str, merged: torch.Tensor) -> None:
-        with self._lock:
-            self._compare(name, merged)
+    def pass_by(self, name: str, values: torch.Tensor) -> None:
+        if name not in self._expected and name not in self._facts and values.numel():
+            self._compare_others(name)
 
-    def _compare(self, name: str, merged: torch.Tensor | None) -> None:
-        """Compare a tensor with the release's, by each of its names that it has: a tied tensor has several.
+    def put(self, name: str, values: torch.Tensor) -> None:
+        self.put_rows(name, values.detach(), start=0, shape=values.shape)
 
-        Without `merged`, it has the base's values. The merge may untie a name, which then has values of its own.
+    def put_rows(self, name: str, rows: torch.Tensor, *, start: int, shape: Sequence[int]) -> None:
+        if start == 0:
+            self._merged.add(name)
+            self._begun[name] = self._begin(name, tuple(shape))
+        self._take(name, self._begun[name], rows, start)
+        if start + len(rows) == shape[0]:
+            self._end(self._begun.pop(name))
+
+    def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:  # noqa: ARG002
+        self._untied = frozenset(untied)
+
+    def _begin(self, name: str, shape: tuple[int, ...] | None) -> list[_Comparison]:
+        """The comparisons of a tensor with the release's, by each of its names that it has: a tied one has several.
+
+        Without `shape`, it has the base's values. The merge may untie a name, which then has values of its own.
         """
         first = self._base.first_name(name)
-        shared = [alias for alias, of in self._base.aliases.items() if of == name and alias not in self._untied]
-        if name != first:
-            self._untied.add(name)
-        self._compared.add(name)
-        with torch.no_grad(), self._base.filled([first]):
-            base = self._base.tensors[first].detach().float()
-            merged = base if merged is None else merged.float()
-            stored = [own for own in (name, *shared) if own in self._release]
-            self._facts |= {own: self._measured(own, base, merged) for own in stored}
-            if not stored and self._release.expects(name):
-                self._absent[name] = None
+        untied = self._merged | {alias for alias, _ in self._untied}
+        names = (name, *(alias for alias, of in self._base.aliases.items() if of == name and alias not in untied))
+        stored = [own for own in names if own in self._release]
+        if not stored:
+            self._absent[name] = shape is not None or name in untied
+        base = self._base.tensors[first]
+        known = 0 if first in self._base.newly_initialized else len(base)
+        return [_Comparison(self._release, own, base, known, shape, self._dtype) for own in stored]
 
-    def _measured(self, name: str, base: torch.Tensor, merged: torch.Tensor) -> TensorStrength:
-        outline = TensorStrength(
-            name=name,
-            kind=self._release.kind(name),
-            touched=merged is not base,
-            shape=tuple(self._release.shape(name)),
-            expected_shape=tuple(merged.shape),
-        )
-        if not is_near(outline.shape, outline.expected_shape):
-            return outline  # the values are not read
-        actual = self._release.read(name)
-        outline = replace(outline, shape=tuple(actual.shape))
-        if base.shape == merged.shape == actual.shape:
-            quantize = partial(self._release.requantized, name) if outline.kind else _in_16_bits
-            return fitted(outline, base, merged, actual, self._dtype, quantize)
-        if not base.dim() == merged.dim() == actual.dim():
-            return outline
-        part = tuple(slice(min(sizes)) for sizes in zip(base.shape, merged.shape, actual.shape, strict=True))
-        return fitted(outline, base[part], merged[part], actual[part], self._dtype)
+    def _take(self, name: str, comparisons: Sequence[_Comparison], rows: torch.Tensor | None, start: int) -> None:
+        first = self._base.first_name(name)
+        with torch.no_grad(), self._base.filled([first]):
+            for comparison in comparisons:
+                comparison.take(self._base.tensors[first].detach(), rows, start)
+
+    def _end(self, comparisons: Sequence[_Comparison]) -> None:
+        self._facts |= {comparison.name: comparison.facts() for comparison in comparisons}
+
+    def _compare_others(self, name: str) -> None:
+        comparisons = self._begin(name, None)
+        self._take(name, comparisons, None, 0)
+        self._end(comparisons)
 
     def end(self, attempt: MergeAttempt) -> Evidence:
         attempt.merge = None  # its memory is of no use to what follows
-        release = self._release
-        measurement = Measurement(format=release.format, added=release.added, settings=release.settings)
+        release, measurement = self._release, self._measurement
         if attempt.evidence.refusal is None:
-            self._compare_others()
-            measurement = replace(measurement, tensors=tuple(self._facts.values()), absent=tuple(self._absent))
+            for _ in spread(self._compare_others, self._left()):
+                pass
+            absent = {name: is_changed for name, is_changed in self._absent.items() if name not in self._facts}
+            measurement = replace(
+                measurement,
+                tensors=tuple(facts for parts in self._facts.values() for facts in parts),
+                absent=tuple(name for name in absent if release.expects(name)),
+                lost=tuple(name for name, is_changed in absent.items() if is_changed and release.expects(name)),
+                not_in_format=tuple(
+                    name for name, is_changed in absent.items() if is_changed and not release.expects(name)
+                ),
+            )
         return replace(attempt.evidence, facts=(*attempt.evidence.facts, ("quantized", measurement)))
 
-    def _compare_others(self) -> None:
-        left = self._compared | self._base.newly_initialized
-        for name in (*(alias for alias, _ in self.untied), *self._base.tensors):
-            if name not in left and self._base.tensors[self._base.first_name(name)].numel():
-                self._compare(name, None)
+    def _left(self) -> list[str]:
+        """The tensors that were not compared, the largest ones first. A name that the merge unties is one of them."""
+        tensors, untied = self._base.tensors, [alias for alias, _ in self._untied if alias not in self._merged]
+        done = self._merged | self._facts.keys() | self._base.newly_initialized
+        left = [name for name in tensors if name not in done and tensors[name].numel()]
+        return sorted((*untied, *left), key=lambda name: -tensors[self._base.first_name(name)].numel())
 
 
-def _in_16_bits(values: torch.Tensor) -> torch.Tensor:
+class _Comparison:
+    """One tensor of the release, compared as the rows of the merge pass.
+
+    `base` is the base's tensor. Its first `known` rows are compared with the merge's. The merge's further rows, and a
+    tensor that the base does not store, are compared with zeros: their strength is 1, too. Without `shape`, the merge
+    leaves the tensor alone.
+    """
+
+    def __init__(  # noqa: PLR0917
+        self,
+        release: Release,
+        name: str,
+        base: torch.Tensor,
+        known: int,
+        shape: tuple[int, ...] | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.name, self._known, self._is_changed = name, known, shape is not None
+        expected = tuple(base.shape) if shape is None else shape
+        self._outline = TensorStrength(
+            name=name,
+            kind=release.kind(name),
+            touched=self._is_changed,
+            shape=tuple(release.shape(name)),
+            expected_shape=expected,
+        )
+        self._fits: list[tuple[int, int, TensorFit]] = []
+        self._waiting: torch.Tensor | None = None
+        if not is_near(self._outline.shape, expected):
+            return  # the values are not read
+        self._tensor = release.open(name)
+        self._outline = replace(self._outline, shape=self._tensor.shape)
+        rows, *of_row = expected or (1,)
+        if not list(self._tensor.shape[1:]) == list(base.shape[1:]) == of_row:
+            return
+        again = self._tensor.requantized if self._outline.kind else _in_16_bits
+        last = min(rows, *self._tensor.shape[:1])
+        for start, end in ((0, min(known, last)), (min(known, last), last)):
+            if start < end:
+                shape = (end - start, *of_row)
+                part = replace(self._outline, shape=shape, expected_shape=shape) if self._fits else self._outline
+                fit = TensorFit(replace(part, first_row=start), shape, dtype, again)
+                self._fits.append((start, end, fit))
+
+    def take(self, base: torch.Tensor, rows: torch.Tensor | None, start: int) -> None:
+        """Take rows of the merge, from `start` on; or all rows of the base. They are only valid during the call."""
+        if not self._fits:
+            return
+        base = base if base.dim() else base.view(1)
+        if rows is None:
+            self._compare(base, None, 0, self._fits[-1][1])
+            return
+        rows = rows if rows.dim() else rows.view(1)
+        if self._waiting is not None:
+            rows, start, self._waiting = torch.cat((self._waiting, rows)), start - len(self._waiting), None
+        end = start + len(rows)
+        ready = end if end >= self._fits[-1][1] else end - end % self._tensor.step
+        self._compare(base, rows, start, ready)
+        if ready < end:
+            self._waiting = rows[ready - start :].clone()
+
+    def _compare(self, base: torch.Tensor, rows: torch.Tensor | None, start: int, end: int) -> None:
+        step = self._tensor.step
+        for first, last, fit in self._fits:
+            size = max(1, math.prod(base.shape[1:]))
+            count = max(1, BLOCK // size // step) * step
+            for begin in range(max(start, first), min(end, last), count):
+                span = slice(begin, min(begin + count, end, last))
+                of_base = base[span].float() if first < self._known else torch.zeros(span.stop - begin, *base.shape[1:])
+                merged = of_base if rows is None else rows[begin - start : span.stop - start].cpu().float()
+                actual = self._tensor.read(span)
+                fit.add(of_base, merged, actual.view(of_base.shape), span)
+
+    def facts(self) -> tuple[TensorStrength, ...]:
+        """The figures of the rows that the base has, and of the others."""
+        return tuple(fit.facts() for _, _, fit in self._fits) or (self._outline,)
+
+
+def _in_16_bits(values: torch.Tensor, _rows: slice) -> torch.Tensor:
     """What plain floats may lose. Float16 loses less, except of tiny values."""
     return values.bfloat16().float()

@@ -13,6 +13,7 @@ another one stores its rows divided by s (AutoAWQ, quantize/scale.py; SmoothQuan
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -20,6 +21,8 @@ from torch import nn
 
 ROWS = 256
 """So many rows are compared at once."""
+
+ALL, FIRST = slice(None), slice(0, ROWS)
 
 NEARER = 0.9
 """Scales have to reduce the square of a difference to less than this share."""
@@ -38,8 +41,8 @@ class Folds:
     """The scales that a release has moved.
 
     Args:
-        release: a tensor of the release as it is stored, in float32.
-        base: rows of a tensor of the base, from a first one on, in float32.
+        release: rows of a tensor of the release as it is stored, in float32.
+        base: rows of a tensor of the base, in float32.
         shapes: the shapes of the base's tensors that the release has.
         head: the number of columns of an attention head.
 
@@ -50,28 +53,34 @@ class Folds:
 
     def __init__(
         self,
-        release: Callable[[str], torch.Tensor],
-        base: Callable[[str, int], torch.Tensor],
+        release: Callable[[str, slice], torch.Tensor],
+        base: Callable[[str, slice], torch.Tensor],
         shapes: Mapping[str, Sequence[int]],
         head: int,
     ) -> None:
         self._release, self._base, self._shapes, self._head = release, base, shapes, head
         self.touched: Collection[str] = ()
         self.of_one_plus: Collection[str] = ()
+        self._lock = threading.RLock()  # several tensors are read at a time
         self._norms: dict[str, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._by_norm: dict[str, tuple[str, torch.Tensor] | None] = {}
         self._by_pair: dict[str, torch.Tensor | None] = {}
 
-    def undone(self, name: str, values: torch.Tensor) -> torch.Tensor:
-        """The stored values of a tensor without the scales."""
+    def undone(self, name: str, values: torch.Tensor, rows: slice = ALL) -> torch.Tensor:
+        """The stored values of these rows of a tensor without the scales. They may be overwritten."""
         if name not in self._shapes:
             return values
         if values.dim() == 2:  # noqa: PLR2004
-            rows, columns = self.factors(name)
-            return values.div_(rows[:, None]).div_(columns)
+            by_row, columns = self.factors(name)
+            return values.div_(_of(by_row, rows)[:, None]).div_(columns) if len(by_row) * len(columns) > 1 else values
+        with self._lock:
+            return self._without_scales(name, values, rows)
+
+    def _without_scales(self, name: str, values: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The stored values of a bias or a norm."""
         owner = f"{name.rpartition('.')[0]}.weight"
         if len(self._shapes.get(owner, ())) == 2:  # noqa: PLR2004 - the bias of a layer
-            return values / self.factors(owner)[0]
+            return values / _of(self.factors(owner)[0], rows)
         members = self._changed_norms(name) and [other for other in self._shapes if _block(other) == _block(name)]
         scaled = {
             member: by_norm[1] for member in members if (by_norm := self._norm_of(member)) and by_norm[0] == owner
@@ -79,13 +88,15 @@ class Folds:
         if not scaled or any(self._lacks(member, *item) for item in scaled.items() for member in members):
             return values
         scales = next(iter(scaled.values()))
-        return self._base(name, 0) if name == owner else values * scales
+        return self._base(name, rows) if name == owner else values * scales[rows]
 
     def factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the rows and the columns of a layer's weight were multiplied with."""
+        """What the rows and the columns of a layer's weight were multiplied with: one factor, or one of each."""
+        with self._lock:
+            return self._factors(name) if name in self._shapes else (torch.ones(1), torch.ones(1))
+
+    def _factors(self, name: str) -> tuple[torch.Tensor, torch.Tensor]:
         rows, columns = torch.ones(1), torch.ones(1)
-        if name not in self._shapes:
-            return rows, columns
         if by_norm := self._norm_of(name):
             columns = by_norm[1]
         if (scales := self._pair(name)) is not None:
@@ -109,7 +120,7 @@ class Folds:
                 if block and len(shape) == 1 and norm.startswith(block) and norm.endswith(".weight")
                 and norm not in self.touched
             ]  # fmt: skip
-            pairs = {norm: (self._base(norm, 0), self._release(norm)) for norm in names}
+            pairs = {norm: (self._base(norm, ALL), self._release(norm, ALL)) for norm in names}
             self._norms[block] = {norm: pair for norm, pair in pairs.items() if not torch.equal(*pair)}
         return self._norms[block]
 
@@ -120,8 +131,7 @@ class Folds:
             shape = self._shapes[name]
             norms = self._changed_norms(name) if len(shape) == 2 else {}  # noqa: PLR2004
             if fits := {norm: pair for norm, pair in norms.items() if pair[0].shape == shape[1:]}:
-                base = self._base(name, 0)[:ROWS]
-                stored = self._release(name)[: len(base)]
+                base, stored = self._base(name, FIRST), self._release(name, FIRST)
                 least = NEARER * float((stored - base).square().sum())
                 for norm, (before, after) in fits.items():
                     added = int(norm in self.of_one_plus)
@@ -137,8 +147,7 @@ class Folds:
         is_next = stem == (".", *scaled.rsplit(".", 2))[-3] and leaf not in PAIRS and self._norm_of(name) is None
         if not is_next or self._shapes[name][1:] != tuple(scales.shape):
             return False
-        base = self._base(name, 0)[:ROWS]
-        stored = self._release(name)[: len(base)]
+        base, stored = self._base(name, FIRST), self._release(name, FIRST)
         errors = [float((stored / factors - base).square().sum()) for factors in (torch.ones(1), scales)]
         return errors[0] < NEARER * errors[1]
 
@@ -173,13 +182,11 @@ class Folds:
 
     def _fitted(self, name: str, axis: int) -> torch.Tensor:
         """The factor of each column (axis 0) or row of the base that is nearest to the release's."""
-        values, by_norm, start = self._release(name), self._norm_of(name), 0
-        products = []
-        while start < len(values):
-            base = self._base(name, start)
-            stored = values[start : start + len(base)] / (by_norm[1] if by_norm and axis else 1)
+        by_norm, products = self._norm_of(name), []
+        for start in range(0, self._shapes[name][0], ROWS):
+            rows = slice(start, start + ROWS)
+            base, stored = self._base(name, rows), self._release(name, rows) / (by_norm[1] if by_norm and axis else 1)
             products.append(torch.stack(((stored * base).sum(axis), base.square().sum(axis))))
-            start += len(base)
         both = torch.cat(products, 1) if axis else torch.stack(products).sum(0)
         return both[0] / both[1]
 
@@ -188,6 +195,10 @@ class Folds:
         if count >= len(scales):
             return scales
         return scales.view(-1, len(scales) // count, self._head).mean(1).flatten()
+
+
+def _of(factors: torch.Tensor, rows: slice) -> torch.Tensor:
+    return factors[rows] if len(factors) > 1 else factors
 
 
 def _block(name: str) -> str:

@@ -15,11 +15,17 @@ from typing import Any, NamedTuple
 
 from merge_gate._internal.errors import EngineError
 from merge_gate._internal.text import quoted
+from merge_gate.features.quantized.measurement import TEMPLATE
 
 MOST_HEADER_BYTES = 1 << 27
 MOST_TENSORS, MOST_KEYS, MOST_DIMENSIONS, MOST_NAME_BYTES, MOST_ALIGNMENT = 100_000, 10_000, 4, 1_000, 1 << 16
-MOST_KEPT_BYTES = 200
-"""Longer strings are not kept."""
+MOST_STRINGS = 2_000_000
+"""The most strings in all arrays together. Gemma has most: 0.3 million tokens, and 0.5 million merges."""
+
+MOST_KEPT_BYTES, MOST_TEMPLATE_BYTES = 200, 1 << 20
+"""Longer strings are not kept, and longer chat templates."""
+
+TOKENS = "tokenizer.ggml.tokens"
 
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -37,10 +43,11 @@ class GgufTensor(NamedTuple):
 
 
 class GgufHeader(NamedTuple):
-    """Keys with a single value (other values are None), and the tensors by name."""
+    """Keys with a single value (other values are None), the tensors by name, and the texts of the vocabulary."""
 
     keys: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    tokens: tuple[str, ...] = ()
 
 
 def _broken(what: str) -> EngineError:
@@ -52,7 +59,7 @@ class _Header:
 
     def __init__(self, file: BufferedReader) -> None:
         self.file, self.size = file, os.fstat(file.fileno()).st_size
-        self.limit = min(self.size, MOST_HEADER_BYTES)
+        self.limit, self.strings_left = min(self.size, MOST_HEADER_BYTES), MOST_STRINGS
 
     def take(self, count: int, what: str, *, keep: bool = True) -> bytes:
         here = self.file.tell()
@@ -75,22 +82,41 @@ class _Header:
         except UnicodeDecodeError as error:
             raise _broken(f"{what} is not UTF-8 text") from error
 
-    def value(self, key: str) -> Any:
+    def value(self, key: str, most_bytes: int = MOST_KEPT_BYTES, kept: list[bytes] | None = None) -> Any:
+        """A value. The strings of an array are added to `kept`."""
         kind, count = self.number("I", f"the type of {key}"), 0
         is_array = kind == _ARRAY
         if is_array:
             kind, count = self.number("I", f"the type of the items of {key}"), self.number("Q", f"the length of {key}")
         if kind == _STRING:
-            for _ in range(min(count, self.limit) if is_array else 1):  # the file ends before so many
-                size = self.number("Q", f"the length of {key}", self.limit)
-                text = self.take(size, key, keep=not is_array and size <= MOST_KEPT_BYTES)
-            return None if is_array or size > MOST_KEPT_BYTES else text.decode("utf-8", "replace")
+            if is_array:
+                self.strings(key, count, kept)
+                return None
+            size = self.number("Q", f"the length of {key}", self.limit)
+            text = self.take(size, key, keep=size <= most_bytes)
+            return None if size > most_bytes else text.decode("utf-8", "replace")
         if kind not in _SCALARS:
             raise _broken(f"{key} has the type {kind}, expected one of GGUF's types of single values")
         if not is_array:
             return self.number(_SCALARS[kind], key)
         self.take(count * struct.calcsize(f"<{_SCALARS[kind]}"), key, keep=False)
         return None
+
+    def strings(self, key: str, count: int, kept: list[bytes] | None) -> None:
+        """Pass over so many strings, in less than a microsecond each, and keep them."""
+        if count > self.strings_left:
+            raise _broken(f"{key} has {count:,} strings, expected at most {self.strings_left:,}")
+        self.strings_left -= count
+        here, unpack = self.file.tell(), struct.Struct("<Q").unpack
+        for _ in range(count):
+            size = unpack(self.file.read(8))[0] if here + 8 <= self.limit else self.limit
+            here += 8 + size
+            if here > self.limit:
+                raise _broken(f"{key} ends at byte {here:,}, and the header at byte {self.limit:,} at the latest")
+            if kept is None:
+                self.file.seek(size, os.SEEK_CUR)
+            else:
+                kept.append(self.file.read(size))
 
     def tensor(self, sizes: Mapping[int, tuple[int, int]]) -> GgufTensor:
         name = self.name("the name of a tensor")
@@ -116,7 +142,7 @@ def read_header(file: BufferedReader, sizes: Mapping[int, tuple[int, int]]) -> G
     Raises:
         EngineError: the file is broken, or has what cannot be read. No value of a tensor was read.
     """
-    header, keys, by_name = _Header(file), dict[str, Any](), dict[str, GgufTensor]()
+    header, keys, by_name, tokens = _Header(file), dict[str, Any](), dict[str, GgufTensor](), list[bytes]()
     if (magic := header.take(4, "the magic number")) != b"GGUF":
         raise _broken(f"it begins with {magic.hex()}, expected the letters GGUF")
     if (version := header.number("I", "the version")) not in {2, 3}:
@@ -125,7 +151,8 @@ def read_header(file: BufferedReader, sizes: Mapping[int, tuple[int, int]]) -> G
     for _ in range(header.number("Q", "the number of keys", MOST_KEYS)):
         if (key := header.name("a key")) in keys:
             raise _broken(f"the key {quoted(key, 120)} is there twice")
-        keys[key] = header.value(quoted(key, 120))
+        most, kept = MOST_TEMPLATE_BYTES if key == TEMPLATE else MOST_KEPT_BYTES, tokens if key == TOKENS else None
+        keys[key] = header.value(quoted(key, 120), most, kept)
     tensors = [header.tensor(sizes) for _ in range(tensor_count)]
     alignment = keys.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= MOST_ALIGNMENT or alignment % 8:
@@ -142,4 +169,4 @@ def read_header(file: BufferedReader, sizes: Mapping[int, tuple[int, int]]) -> G
             )
         end = place + tensor.size_bytes
         by_name[tensor.name] = tensor._replace(start=place)
-    return GgufHeader(keys, by_name)
+    return GgufHeader(keys, by_name, tuple(token.decode("utf-8", "replace") for token in tokens))

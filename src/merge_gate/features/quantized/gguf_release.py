@@ -1,4 +1,4 @@
-"""Reads the tensors of a GGUF file by the names of the base's model, one at a time.
+"""Reads the tensors of a GGUF file by the names of the base's model, rows at a time.
 
 In: a GGUF file, and the base's model without values. Out: a `Release`. The package `gguf` dequantizes, and transformers
 maps names and reverts what llama.cpp's converter changes (rows of q and k, norms of Gemma).
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import BufferedReader
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from transformers import modeling_gguf_pytorch_utils as of_transformers
 
@@ -20,9 +21,10 @@ from merge_gate._internal.text import listing, quoted
 from merge_gate.features.quantized.gguf_file import GgufTensor, read_header
 from merge_gate.features.quantized.gguf_names import differing_factors, differing_settings, named, rope_factors
 from merge_gate.features.quantized.measurement import Setting
+from merge_gate.features.quantized.release import OpenTensor, whole
 
-BLOCK = 1 << 22
-"""Values that are dequantized at once: 16 MiB."""
+BLOCK = 1 << 17
+"""Values that are dequantized at once: they stay in the processor's cache."""
 
 _FLOATS = {"F32", "F16", "BF16", "F64"}
 _SIMILAR = {
@@ -36,8 +38,18 @@ of this size."""
 _BLOCK = 16
 
 
+class _Order(NamedTuple):
+    """Where the file has each row. `is_plain`: in the same order."""
+
+    of_rows: np.ndarray[Any, Any]
+    is_plain: bool
+
+
 class GgufRelease:
-    """A GGUF file. Its tensors have the names of the model, and the shapes that transformers gives them."""
+    """A GGUF file. Its tensors have the names of the model, and the shapes that transformers gives them.
+
+    `header` has its keys and its tokens.
+    """
 
     def __init__(self, file: BufferedReader, model: Any) -> None:
         try:
@@ -48,7 +60,7 @@ class GgufRelease:
         self._gguf, self._file = gguf, file
         self._types: Mapping[int, Any] = {kind.value: kind for kind in self._gguf.GGMLQuantizationType}
         header = read_header(file, {kind.value: size for kind, size in self._gguf.GGML_QUANT_SIZES.items()})
-        self._names = named(header, model)
+        self.header, self._names = header, named(header, model)
         self._tensors, self.added = self._names.tensors, self._names.added
         kinds = dict.fromkeys(self.kind(name) for name in self._tensors)
         self.format = f"GGUF ({listing(sorted(filter(None, kinds))) or 'not quantized'})"
@@ -70,38 +82,89 @@ class GgufRelease:
         first, *others = (tensor.shape for tensor in self._tensors[name])
         return (*first[:1], sum(shape[1] for shape in (first, *others)), *first[2:]) if others else first
 
-    def read(self, name: str) -> torch.Tensor:
-        parts = self._tensors[name]
-        try:
-            if len(parts) > 1:
-                return torch.cat([self._values(tensor) for tensor in parts], 1)
-            parsed: dict[str, Any] = {"tensors": {}}
-            more = {"tensor_key_mapping": self._names.names, "parsed_parameters": parsed}
-            made = self._names.processor.process(weights=self._values(parts[0]).numpy(), name=parts[0].name, **more)
-            values = parsed["tensors"][name] if made.name is None else torch.as_tensor(made.weights)
-        except (NotImplementedError, ValueError, LookupError, RuntimeError) as error:  # of gguf and transformers
-            raise EngineError(
-                f"{quoted(name, 120)} of the GGUF file cannot be read: {str(error)[:200]}",
-                hint="verify the merged model before it is converted",
-            ) from error
-        return values.float().contiguous()
+    def open(self, name: str) -> OpenTensor:
+        parts, is_quantized = self._tensors[name], bool(self.kind(name))
+        if len(parts) > 1:
+            return OpenTensor(
+                self.shape(name),
+                lambda rows: torch.cat([self._values(tensor, rows) for tensor in parts], 1),
+                lambda values, _rows: self._again_in_parts(parts, values) if is_quantized else None,
+            )
+        (tensor,) = parts
+        order = self._order(name, tensor)
+        if order is None:
+            values = self._processed(name, self._values(tensor, slice(None)).numpy())
+            return whole(values, lambda others: self._again_whole(tensor, others) if is_quantized else None)
+        return OpenTensor(
+            tensor.shape,
+            lambda rows: self._values(tensor, rows if order.is_plain else order.of_rows[rows]),
+            lambda values, _rows: self._again(tensor, values) if is_quantized else None,
+        )
 
-    def _values(self, tensor: GgufTensor) -> torch.Tensor:
-        """The values of a tensor as the file has them, in float32."""
-        rows = math.prod(tensor.shape[:-1])
-        row_bytes, kind = tensor.size_bytes // rows, self._types[tensor.type]
-        values = torch.empty(rows, tensor.shape[-1])
+    def _order(self, name: str, tensor: GgufTensor) -> _Order | None:
+        """The order of the rows, if that is all that transformers changes in such a tensor."""
+        if len(tensor.shape) < 2:  # noqa: PLR2004 - a vector is small
+            return None
+        probe = np.arange(2.0 * tensor.shape[0]).reshape(-1, 2)
+        probe = probe.reshape(tensor.shape[0], *[1] * (len(tensor.shape) - 2), 2)
+        try:
+            made = self._processed(name, probe).numpy()
+        except EngineError:
+            return None
+        order = made[..., 0].reshape(-1).astype(np.int64) // 2
+        if made.shape != probe.shape or not np.array_equal(made, probe[order]):
+            return None
+        is_whole = np.array_equal(np.sort(order), plain := np.arange(len(probe)))
+        return _Order(order, bool(np.array_equal(order, plain))) if is_whole else None
+
+    def _processed(self, name: str, values: np.ndarray[Any, Any]) -> torch.Tensor:
+        """Values of a tensor as transformers gives them to the model."""
+        stored = self._tensors[name][0].name
+        parsed: dict[str, Any] = {"tensors": {}}
+        more = {"tensor_key_mapping": self._names.names, "parsed_parameters": parsed}
+        try:
+            made = self._names.processor.process(weights=values, name=stored, **more)
+            tensor = parsed["tensors"][name] if made.name is None else torch.as_tensor(made.weights)
+        except (NotImplementedError, ValueError, LookupError, RuntimeError) as error:  # of gguf and transformers
+            raise self._unreadable(stored, error) from error
+        return tensor.contiguous() if values.dtype == np.float64 else tensor.float().contiguous()
+
+    def _unreadable(self, name: str, error: Exception) -> EngineError:
+        return EngineError(
+            f"{quoted(name, 120)} of the GGUF file cannot be read: {str(error)[:200]}",
+            hint="verify the merged model before it is converted",
+        )
+
+    def _values(self, tensor: GgufTensor, rows: slice | np.ndarray[Any, Any]) -> torch.Tensor:
+        """Rows of a tensor in float32, by their places in the file."""
+        of_row = tensor.shape[1:-1] if len(tensor.shape) > 1 else ()
+        per_row, width = math.prod(of_row), tensor.shape[-1]
+        count = tensor.shape[0] if len(tensor.shape) > 1 else 1
+        if isinstance(rows, slice):
+            first, last, chosen = *rows.indices(count)[:2], None
+        else:
+            first, last = int(rows.min()), int(rows.max()) + 1
+            chosen = rows - first
+        row_bytes = tensor.size_bytes // count
+        packed = np.empty((last - first, row_bytes), dtype=np.uint8)
+        place = tensor.start + first * row_bytes
+        if os.preadv(self._file.fileno(), [packed.data.cast("B")], place) != packed.nbytes:
+            raise SourceError(
+                f"the GGUF file ends within its tensor {quoted(tensor.name, 120)}: from byte {place:,} on, "
+                f"{packed.nbytes:,} bytes are expected",
+                hint="write or download it again, and verify it when it is complete",
+            )
+        packed = packed if chosen is None else packed[chosen]
+        values = torch.empty(len(packed) * per_row, width)
+        packed = packed.reshape(len(values), -1)
         for start, block in _blocks(values):
-            packed = torch.empty(len(block), row_bytes, dtype=torch.uint8)
-            place = tensor.start + start * row_bytes
-            if os.preadv(self._file.fileno(), [packed.numpy().data.cast("B")], place) != packed.numel():
-                raise SourceError(
-                    f"the GGUF file ends within its tensor {quoted(tensor.name, 120)}: from byte {place:,} on, "
-                    f"{packed.numel():,} bytes are expected",
-                    hint="write or download it again, and verify it when it is complete",
-                )
-            block.copy_(torch.as_tensor(self._gguf.quants.dequantize(packed.numpy(), kind)).view(block.shape))
-        return values.reshape(tensor.shape)
+            part = packed[start : start + len(block)]
+            try:
+                made = self._gguf.quants.dequantize(part, self._types[tensor.type])
+            except (NotImplementedError, ValueError, LookupError, RuntimeError) as error:  # of gguf
+                raise self._unreadable(tensor.name, error) from error
+            block.copy_(torch.as_tensor(made).view(block.shape))
+        return values.view(-1, *of_row, width) if len(tensor.shape) > 1 else values.view(width)
 
     def _differing_rope(self, config: Any) -> Iterator[Setting]:
         """The factors of rotary embeddings, if they are not those of the base's config."""
@@ -109,24 +172,22 @@ class GgufRelease:
         if (wanted := rope_factors(config)) is None:
             return
         for name in {**wanted, **stored}:
-            actual = self._values(stored[name]) if name in stored else None
+            actual = self._values(stored[name], slice(None)) if name in stored else None
             if (setting := differing_factors(name, wanted.get(name), actual)) is not None:
                 yield setting
 
-    def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        """As the release's type. Rows that were exchanged have the same blocks."""
-        parts, processor = self._tensors[name], self._names.processor
-        if not self.kind(name):
-            return None
-        if len(parts) > 1:
-            halves = zip(parts, values.chunk(2, 1), strict=True)
-            return torch.cat([self._again(tensor, own) for tensor, own in halves], 1)
-        if isinstance(processor, of_transformers.GPT2TensorProcessor) and parts[0].name.startswith("blk."):
-            return self._again(parts[0], values.mT.contiguous()).mT.contiguous()
-        return self._again(parts[0], values)
+    def _again_in_parts(self, parts: Sequence[GgufTensor], values: torch.Tensor) -> torch.Tensor:
+        halves = zip(parts, values.chunk(2, 1), strict=True)
+        return torch.cat([self._again(tensor, own) for tensor, own in halves], 1)
+
+    def _again_whole(self, tensor: GgufTensor, values: torch.Tensor) -> torch.Tensor:
+        is_transposed = isinstance(self._names.processor, of_transformers.GPT2TensorProcessor)
+        if is_transposed and tensor.name.startswith("blk."):
+            return self._again(tensor, values.mT.contiguous()).mT.contiguous()
+        return self._again(tensor, values)
 
     def _again(self, tensor: GgufTensor, values: torch.Tensor) -> torch.Tensor:
-        """Values, quantized and dequantized in blocks of rows."""
+        """Values as the release's type. Rows that were exchanged have the same blocks."""
         type_, quants = self._types[tensor.type], self._gguf.quants
         rows = values.reshape(-1, values.shape[-1])
         made = torch.empty_like(rows)

@@ -92,6 +92,27 @@ class Grid(NamedTuple):
     dtype: torch.dtype = torch.float32
     height: int = 1
     is_mlx: bool = False
+    has_lowest: bool | None = None
+    has_zeros: bool | None = None
+
+    def settled(self) -> Grid:
+        """The same grid, with what some rows alone may not show.
+
+        `has_lowest`: the lowest code is in use. `has_zeros`: zero has different codes.
+        """
+        lowest = -128 if self.codes.dtype == torch.int8 else 0
+        is_plain = self.table is not None or self.codes.dtype.is_floating_point
+        has_lowest = not is_plain and int(self.codes.min()) == lowest
+        zeros = self._zeros()
+        return self._replace(has_lowest=has_lowest, has_zeros=bool((zeros != zeros[0, 0]).any()))
+
+    def part(self, rows: slice) -> Grid:
+        """Some rows of the grid: a multiple of `height`, or up to the last one."""
+        return self._replace(codes=self.codes[rows], scales=self.scales[rows], offsets=self.offsets[rows])
+
+    def _zeros(self) -> torch.Tensor:
+        """The codes of zero."""
+        return (-self.offsets[:: self.height] / self.scales[:: self.height]).nan_to_num().round()
 
     def values(self) -> torch.Tensor:
         """The values (rows, columns) in float32."""
@@ -119,7 +140,7 @@ class Grid(NamedTuple):
         return codes.round_().clamp_(*((0, 2**self.bits - 1) if self.codes.dtype == torch.uint8 else (-128, 127)))
 
     def refitted(self, values: torch.Tensor) -> Grid:
-        """The grid that a quantizer gives these values (rows, columns) by the extremes of each group.
+        """The grid that a quantizer gives these values (rows, columns) by the extremes of each group, if it is settled.
 
         The same grid if its scales were found otherwise: by calibration, or for columns in another order.
         """
@@ -130,16 +151,15 @@ class Grid(NamedTuple):
         blocks = values.view(rows // self.height, self.height, count, -1)
         low, high = blocks.amin((1, 3)).clamp_(max=0), blocks.amax((1, 3)).clamp_(min=0)
         own = self.scales[:: self.height]
-        zeros = (-self.offsets[:: self.height] / own).nan_to_num().round()
         levels, is_signed = 2**self.bits - 1, self.codes.dtype == torch.int8
         if self.is_mlx:
             scales, offsets = (part.to(self.dtype).float() for part in _of_mlx(low, high, levels))
-        elif bool((zeros != zeros[0, 0]).any()):
+        elif self.has_zeros:
             scales = ((high - low) / levels).to(self.dtype).float()
             offsets = scales * ((low / scales).nan_to_num().round() + 128 * is_signed)
         else:
             scales = (torch.maximum(-low, high) / self._largest_code()).to(self.dtype).float()
-            offsets = scales * -zeros
+            offsets = scales * -self._zeros()
         if not abs(float((scales / own).median()) - 1) < SAME_SCALE:
             return self
         scales, offsets = (part.repeat_interleave(self.height, 0) for part in (scales, offsets))
@@ -151,9 +171,7 @@ class Grid(NamedTuple):
             return 1.0
         if self.codes.dtype.is_floating_point:
             return float(torch.finfo(self.codes.dtype).max)
-        lowest = -128 if self.codes.dtype == torch.int8 else 0
-        has_one_more_below = int(self.codes.min()) == lowest
-        return ((1 << self.bits) - (1 if has_one_more_below else 2)) / 2
+        return ((1 << self.bits) - (1 if self.has_lowest else 2)) / 2
 
     def _in_rows(self) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
         step = max(1, VALUES // self.codes.shape[1])

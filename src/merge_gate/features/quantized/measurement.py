@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 
+from merge_gate.features.verify.comparison import ReadSettings
 from merge_gate.records.files import Snapshot
 from merge_gate.records.terms import record
 
 TOLERANCE = 0.02
 """The strength of a right merge differs from 1 by its error and so much."""
+
+TEMPLATE, PADDING = "tokenizer.chat_template", "tokenizer.ggml.padding_token_id"
+"""Keys of a GGUF file."""
 
 
 @record
@@ -23,8 +27,10 @@ class TensorStrength:
         kind: how the release stores it, such as `Q4_K`; empty for plain floats.
         touched: whether the merge can change it.
         shape, expected_shape: in the release, and in the merge. If they differ, the common part is compared.
+        first_row: the first of its rows that are compared. The base has none of the rows from there on if it is not 0.
         nonfinite: how many values of W, W + D, and Q are not finite. Nothing else is known then.
         numel: the number of values.
+        sampled: the share of them that the shuffles, the bend, and the search for a merge into codes rest on.
         strength: k. 1 is the merge, and 0 is the base.
         error: the standard error of k: the largest of the errors for white noise, for noise that differs between rows,
             and of the same fit on deltas whose rows are shuffled. Inf if the fit has no solution.
@@ -35,8 +41,8 @@ class TensorStrength:
         noise: the norm of what the fit leaves.
         distance: the norm of Q - W.
         bend: how much larger k is for large values of D, in standard errors. Rounding to codes erases small values.
-        own_noise: the norm of the noise of W + kD, quantized in this format; None if that cannot be repeated.
-        own_scale: a of the quantized W + kD.
+        own_noise: the norm of the noise of W + D, quantized in this format; None if that cannot be repeated.
+        own_scale, own_strength: a and k of the quantized W + D; 1 if the release has other codes than it.
         loudest: how many times its own noise the noise of a row is, in the row where it is most; Inf if that row does
             not resemble the base's.
         uneven: how far strengths of rows or columns differ from k, against those of the repeated quantization; the
@@ -52,8 +58,10 @@ class TensorStrength:
     touched: bool
     shape: tuple[int, ...]
     expected_shape: tuple[int, ...]
+    first_row: int = 0
     nonfinite: int = 0
     numel: int = 0
+    sampled: float = 1.0
     strength: float = 0.0
     error: float = math.inf
     scale: float = 1.0
@@ -65,6 +73,7 @@ class TensorStrength:
     bend: float = 0.0
     own_noise: float | None = None
     own_scale: float = 1.0
+    own_strength: float = 1.0
     loudest: float = 0.0
     uneven: float = 0.0
     changed: float | None = None
@@ -85,15 +94,21 @@ class Setting:
 class Measurement:
     """A release, compared with the merge of one adapter.
 
-    `absent` are tensors that the release lacks. `format` is what texts call its format.
+    `absent` are tensors that the release lacks, and `lost` are those of them that the merge changes. The merge changes
+    `not_in_format` too, but no release of this format has them. `format` is what texts call its format.
     `added` are tensors that the model does not have, and `settings` differ from those of the base.
+    `tokenizers` has what differs from each tokenizer that may be in a file, and `files` the same for a directory.
     """
 
     format: str = ""
     tensors: tuple[TensorStrength, ...] = ()
     absent: tuple[str, ...] = ()
+    lost: tuple[str, ...] = ()
+    not_in_format: tuple[str, ...] = ()
     added: tuple[str, ...] = ()
     settings: tuple[Setting, ...] = ()
+    tokenizers: tuple[tuple[Setting, ...], ...] = ()
+    files: tuple[ReadSettings, ...] = ()
 
 
 SETTINGS = Snapshot

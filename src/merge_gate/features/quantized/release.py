@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -12,6 +12,23 @@ from merge_gate.features.quantized.measurement import Setting
 
 MOST_ROWS = 2
 """A tensor with other rows than the base's has at most so many times as many: such as a padded vocabulary."""
+
+
+class OpenTensor(NamedTuple):
+    """One tensor of a release, whose rows can be read in any order.
+
+    Attributes:
+        shape: that of the values, which may differ from that in the headers.
+        read: the values of these rows in float32, in the base's order.
+        requantized: other values of these rows, on the grid that the format's quantizer gives them, or on the grid of
+            the release's own scales. None if neither can be had.
+        step: rows are read and quantized in multiples of so many, or up to the last one.
+    """
+
+    shape: tuple[int, ...]
+    read: Callable[[slice], torch.Tensor]
+    requantized: Callable[[torch.Tensor, slice], torch.Tensor | None]
+    step: int = 1
 
 
 class Release(Protocol):
@@ -34,21 +51,24 @@ class Release(Protocol):
         """How a tensor is stored, such as `Q4_K`. Tensors of one kind have similar noise. Empty for plain floats."""
 
     def shape(self, name: str) -> Sequence[int]:
-        """The shape by the headers. `read` may give the same values another shape."""
+        """The shape by the headers. The values may have another one."""
 
-    def read(self, name: str) -> torch.Tensor:
-        """The values in float32, in the base's shape. Takes the memory of one tensor.
+    def open(self, name: str) -> OpenTensor:
+        """The tensor, for the thread that calls. It may take the memory of its codes.
 
-        Raises:
+        Raises, as reading it does:
             SourceError: the bytes could not be had.
             EngineError: the tensor cannot be dequantized.
         """
 
-    def requantized(self, name: str, values: torch.Tensor) -> torch.Tensor | None:
-        """Other values of this tensor (float32, in its shape), on the grid that the format's quantizer gives them.
 
-        Or on the grid of the release's own scales. None if neither can be had.
-        """
+def whole(values: torch.Tensor, requantized: Callable[[torch.Tensor], torch.Tensor | None]) -> OpenTensor:
+    """A tensor whose rows are not stored one after the other, so that it is read as a whole."""
+
+    def again(others: torch.Tensor, _rows: slice) -> torch.Tensor | None:
+        return requantized(others)
+
+    return OpenTensor(tuple(values.shape), values.__getitem__, again, max(1, len(values) if values.dim() else 1))
 
 
 def is_near(shape: Sequence[int], expected: Sequence[int]) -> bool:

@@ -3,8 +3,10 @@
 In: a `Measurement`, those of other candidates, and the adapter's config. Out: findings. Imports no torch.
 
 1. The strengths of all tensors are pooled, weighted by their errors. If the error is too large, nothing is said.
-2. Tensors that are further from base and delta than the noise of their format show another base, or other changes.
-3. All strengths are 1, 0, or another factor, or some layers have none. Each comparison allows for its error.
+2. The strengths of each kind of module are pooled, too: of q_proj, and of self_attn. None may differ from 1, or from
+   that of the quantization that is repeated, by so much that it happens in one of 10,000 right releases.
+3. Tensors that are further from base and delta than the noise of their format show another base, or other changes.
+4. All strengths are 1, 0, or another factor, or some layers have none. Each comparison allows for its error.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ from statistics import NormalDist, median
 from typing import Any, NamedTuple
 
 from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.features.quantized.measurement import TOLERANCE, Measurement, TensorStrength
+from merge_gate.features.quantized.measurement import PADDING, TEMPLATE, TOLERANCE, Measurement, Setting, TensorStrength
 from merge_gate.features.verify.tensor_findings import MOST_UNTOUCHED, reasons
-from merge_gate.judging.kinds import finding
+from merge_gate.judging.kinds import finding, note
 from merge_gate.judging.not_judged import not_judged
 from merge_gate.records.files import AdapterConfig
 from merge_gate.records.terms import Finding, Origin
@@ -29,6 +31,9 @@ MOST_ERROR, LEAST_STRENGTH = 0.25, 0.9
 
 CHANCE, POOLED_ERRORS, LEAST_BEND = 0.01, 3.0, 4.0
 """How often errors of right merges exceed the limit in all tensors together; limits in standard errors."""
+
+CHANCE_OF_KINDS = 1e-4
+"""How often the strengths of kinds exceed their limits in a right release, of all kinds together."""
 
 FACTOR_TOLERANCE = 0.05
 MOST_UNITS, MOST_USUAL = 3.0, 1.5
@@ -50,6 +55,11 @@ MORE_LIKELY = 30.0
 """A candidate fits better if twice the logarithm of the likelihoods' ratio is above this."""
 
 LISTED = 5
+_LIKE_ANOTHER = {"not-applied", "other-strength", "applied-in-part"}
+_MAYBE_ANOTHER = (
+    "the noise is larger than the delta, so this may be the merge of another adapter: name others with --candidate"
+)
+"""What a release of another adapter may look like: its own delta is then a part of the noise."""
 
 
 class Strength(NamedTuple):
@@ -65,14 +75,26 @@ class Strength(NamedTuple):
         return f"{round(self.value, 2) or 0.0:.2f} ± {math.ceil(min(self.error, 99) * 100) / 100:.2f}"
 
 
-def pooled(tensors: Iterable[TensorStrength]) -> Strength:
+def pooled(tensors: Iterable[TensorStrength], what: str = "strength") -> Strength:
     """Step 1: the mean strength. Errors count as half the tolerance at least."""
-    known = [(t.strength, t.error, 1 / (t.error**2 + (TOLERANCE / 2) ** 2)) for t in tensors if math.isfinite(t.error)]
+    known = [
+        (getattr(t, what), t.error, 1 / (t.error**2 + (TOLERANCE / 2) ** 2)) for t in tensors if math.isfinite(t.error)
+    ]
     if not known:
         return Strength(0.0, math.inf)
     total = sum(weight for _, _, weight in known)
     value = sum(weight * strength for strength, _, weight in known) / total
     return Strength(value, math.sqrt(sum((weight * error) ** 2 for _, error, weight in known)) / total)
+
+
+def _kinds(tensors: Iterable[TensorStrength]) -> dict[str, list[TensorStrength]]:
+    """The tensors of each kind of module: by its name, and by that of the module that has it, without numbers."""
+    kinds = defaultdict[str, list[TensorStrength]](list)
+    for tensor in tensors:
+        *path, leaf = (part for part in tensor.name.split(".") if not part.isdecimal() and part != "weight")
+        for name in dict.fromkeys((leaf, *path[-1:])):
+            kinds[name + " (new rows)" * bool(tensor.first_row)].append(tensor)
+    return dict(kinds)
 
 
 class _Release:
@@ -91,6 +113,7 @@ class _Release:
         self.others = [tensor for tensor in known if not tensor.delta]
         self.parts = [tensor for tensor in self.touched if math.isfinite(tensor.error)]
         self.pooled = pooled(self.parts)
+        self.kinds = _kinds(self.parts)
         self.errors = NormalDist().inv_cdf(1 - CHANCE / 2 / max(1, len(self.parts)))
         noise, delta = (math.sqrt(sum(getattr(t, what) ** 2 for t in self.touched)) for what in ("noise", "delta"))
         self.figures: dict[str, Any] = {"factor": self.pooled.value, "error": self.pooled.error}
@@ -133,9 +156,22 @@ class _Release:
         near = [value for value in (0, 1, 2) if self.pooled.is_near(value, POOLED_ERRORS)]
         return self.pooled.error > MOST_ERROR or (1 in near and len(near) > 1)
 
+    def far_kinds(self) -> dict[str, list[TensorStrength]]:
+        """Step 2: the kinds that are not at their strength, the furthest first."""
+        limit = NormalDist().inv_cdf(1 - CHANCE_OF_KINDS / 2 / max(1, len(self.kinds)))
+        known = [
+            (name, tensors, pooled(tensors), pooled(tensors, "own_strength")) for name, tensors in self.kinds.items()
+        ]
+        off = [
+            (abs(own.value - right.value) / math.hypot(own.error, TOLERANCE), name, tensors)
+            for name, tensors, own, right in known
+        ]
+        return {name: tensors for ratio, name, tensors in sorted(off, key=lambda kind: -kind[0]) if ratio > limit}
+
     @property
     def is_applied(self) -> bool:
-        return not self.is_vague and self.pooled.is_near(1, POOLED_ERRORS) and not self.far_from(1)
+        is_near = not self.is_vague and self.pooled.is_near(1, POOLED_ERRORS)
+        return is_near and not self.far_from(1) and not self.far_kinds()
 
     @property
     def is_sound(self) -> bool:
@@ -172,11 +208,16 @@ def _strength(tensor: TensorStrength) -> Strength:
 
 
 def strength_findings(
-    measurement: Measurement, candidates: Mapping[str, Measurement], *, adapter: str, config: AdapterConfig
+    measurement: Measurement,
+    candidates: Mapping[str, Measurement],
+    *,
+    adapter: str,
+    config: AdapterConfig,
+    unread: Sequence[str] = (),
 ) -> Iterator[Finding]:
-    """The findings on a release."""
+    """The findings on a release. `unread` are files next to it that may have parts of the model."""
     release, adapter = _Release(measurement), quoted(adapter, 200, "")
-    yield from _unfit(measurement)
+    yield from _unfit(measurement, unread)
     yield from _per_tensor(release)
     odd, far = release.odd, release.far
     is_odd = len(odd) > MOST_UNTOUCHED * len(release.touched)
@@ -223,17 +264,28 @@ def _kind(release: _Release, candidates: Mapping[str, _Release], adapter: str, c
         hint = "check the base and its revision: no candidate has these values" if candidates else ""
         return finding("unexplained", f"{message}: {_listed(odd)}", tensor=odd[0].name, hint=hint, **release.figures)
     if not release.is_applied:
-        return _misapplied(release, f"{adapter} is in this release at {at}", config)
+        problem = _misapplied(release, f"{adapter} is in this release at {at}", config)
+        is_unsure = not candidates and release.figures["noise"] > 1 and problem.check in _LIKE_ANOTHER
+        return replace(problem, hint=f"{problem.hint}; {_MAYBE_ANOTHER}") if is_unsure else problem
     vague = sum(not tensor.error <= MOST_ERROR for tensor in release.touched)
     more = f". {vague:,} of {counted(len(release.touched), 'tensor')} cannot be measured alone" if vague else ""
+    share = sum(t.sampled * t.numel for t in release.parts) / max(1, sum(t.numel for t in release.parts))
+    more += f". Its errors rest on {share:.0%} of the values" if share < 1 else ""
     return finding("applied", f"{adapter} is in this release at {at}; {release.noise}{more}", **release.figures)
 
 
-def _unfit(measurement: Measurement) -> Iterator[Finding]:
+def _unfit(measurement: Measurement, unread: Sequence[str]) -> Iterator[Finding]:
     if absent := measurement.absent:
         what = counted(len(absent), "tensor of the model is", "tensors of the model are")
-        names = listing([quoted(name, 120) for name in absent], LISTED)
-        yield finding("not-carried", f"{what} not in the release: {names}", tensor=absent[0])
+        names = listing([quoted(name, 120) for name in dict.fromkeys((*measurement.lost, *absent))], LISTED)
+        hint = "export the merge again, with every tensor that it changes" if measurement.lost else ""
+        yield finding("not-carried", f"{what} not in the release: {names}", tensor=absent[0], hint=hint)
+    if others := measurement.not_in_format:
+        what = counted(len(others), "tensor that the adapter changes has", "tensors that the adapter changes have")
+        names = listing([quoted(name, 120) for name in others], LISTED)
+        files = f", and {listing([quoted(name, 120) for name in unread], LISTED)} was not read" if unread else ""
+        message = f"{what} no place in this file{files}, so they were not compared: {names}"
+        yield finding("not-in-format", message, tensor=others[0])
     if added := measurement.added:
         what = counted(len(added), "tensor is", "tensors are")
         names = listing([quoted(name, 120) for name in added], LISTED)
@@ -251,29 +303,48 @@ def _unfit(measurement: Measurement) -> Iterator[Finding]:
         yield finding("shape-changed", message, tensor=tensor.name)
 
 
+def tokenizer_findings(settings: Iterable[Setting]) -> Iterator[Finding]:
+    """The findings on the tokenizer and the template in a GGUF file. Another padding token changes no answer."""
+    for setting in settings:
+        kind = "chat-template-differs" if setting.name == TEMPLATE else "tokenizer-differs"
+        message = f"{quoted(setting.name, 120, '')} in the release is {setting.actual}"
+        message += f", expected {setting.expected}" * bool(setting.expected)
+        yield note(kind, message) if setting.name == PADDING else finding(kind, message)
+
+
 def _per_tensor(release: _Release) -> Iterator[Finding]:
     """A note on each tensor, those first that are furthest from 1."""
     for tensor in sorted(release.parts, key=lambda tensor: -abs(tensor.strength - 1) / (tensor.error + TOLERANCE)):
         (factor, error), ratio = _strength(tensor), tensor.noise / tensor.delta
-        message = f"the delta is in it {_strength(tensor)} times; the noise is {ratio:,.2g} times its size"
+        what = f"the values of its rows from {tensor.first_row:,} on are" if tensor.first_row else "the delta is"
+        message = f"{what} in it {_strength(tensor)} times; the noise is {ratio:,.2g} times its size"
         yield finding("strength", message, tensor=tensor.name, factor=factor, error=error, noise=ratio)
 
 
 def _listed(tensors: Sequence[TensorStrength]) -> str:
-    return listing([quoted(tensor.name, 120) for tensor in tensors], LISTED)
+    return listing([_named(tensor) for tensor in tensors], LISTED)
+
+
+def _named(tensor: TensorStrength) -> str:
+    new = f" (rows from {tensor.first_row:,} on, which the base does not have)" if tensor.first_row else ""
+    return f"{quoted(tensor.name, 120)}{new}"
 
 
 def _fits_better(first: _Release, second: _Release) -> bool:
-    noises = {tensor.name: tensor.noise for tensor in first.touched}
-    both = [(t.numel, t.noise, noises[t.name]) for t in second.touched if noises.get(t.name) and t.noise]
+    noises = {_place(tensor): tensor.noise for tensor in first.touched}
+    both = [(t.numel, t.noise, noises[_place(t)]) for t in second.touched if noises.get(_place(t)) and t.noise]
     return sum(2 * numel * math.log(own / other) for numel, own, other in both) > MORE_LIKELY
 
 
+def _place(tensor: TensorStrength) -> tuple[str, int]:
+    return tensor.name, tensor.first_row
+
+
 def _misapplied(release: _Release, at: str, config: AdapterConfig) -> Finding:
-    """Step 3, for a release that does not have the delta once."""
-    far, has_delta = release.far_from(1), {tensor.name for tensor in release.far_from(0)}
-    missing = [tensor for tensor in far if tensor.name not in has_delta]
-    is_full = len(far) < len(release.parts) and any(t.name in has_delta for t in release.parts if t not in far)
+    """Step 4, for a release that does not have the delta once."""
+    far, has_delta = release.far_from(1), {*map(_place, release.far_from(0))}
+    missing = [tensor for tensor in far if _place(tensor) not in has_delta]
+    is_full = len(far) < len(release.parts) and any(_place(t) in has_delta for t in release.parts if t not in far)
     changed = [tensor.changed for tensor in release.parts if tensor.changed is not None]
     if release.is_erased:
         codes = f", and {sum(changed) / len(changed):.1%} of the values are not its own" if any(changed) else ""
@@ -287,9 +358,17 @@ def _misapplied(release: _Release, at: str, config: AdapterConfig) -> Finding:
         codes = "; no code differs from those of the quantized base, as after a merge into its codes that left nothing"
         message = f"{at}; {release.noise}{codes if changed and not any(changed) else ''}"
         return finding("not-applied", message, tensor=release.parts[0].name, **release.figures)
-    odd = far or release.parts
+    where, odd, kind = _listed(far) if is_full else "all tensors", far or release.parts, "other-strength"
+    explain = (item for item in release.far_kinds().items() if {*map(_place, far)} <= {*map(_place, item[1])})
+    name, tensors = next(explain, ("", []))
+    if name and len(tensors) < len(release.parts):
+        odd = tensors
+        where = f"{counted(len(odd), 'tensor')} of the kind {quoted(name, 120)}"
     factor = pooled(odd)
-    where, why = _listed(odd) if is_full else "all tensors", ", or ".join(reasons(factor.value, config))
+    why = ", or ".join(reasons(factor.value, config))
     message = f"the delta is in {where} {factor} times, expected once" + (f": {why}" if why else "")
-    kind = "applied-twice" if factor.is_near(2, POOLED_ERRORS, FACTOR_TOLERANCE) else "other-strength"
+    if odd is tensors and factor.is_near(0, POOLED_ERRORS):
+        kind = "applied-in-part"
+    elif factor.is_near(2, POOLED_ERRORS, FACTOR_TOLERANCE):
+        kind = "applied-twice"
     return finding(kind, message, tensor=odd[0].name, **release.figures | {"factor": factor.value})

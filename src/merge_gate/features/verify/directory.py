@@ -41,6 +41,7 @@ _KINDS: Mapping[Companion | None, str] = {
     Companion.TEMPLATE: "chat-template-differs",
     Companion.PROCESSOR: "settings-differ",
 }
+_TOKENIZER = Companion.TOKENIZER
 _TOO_MANY = {"stale-shards", "unexpected-file"}
 _KINDS_OF_KEYS = {
     "eos_token_id": "stop-tokens-differ",
@@ -55,13 +56,15 @@ _THEN = "sentence-transformers then takes the mean of all tokens, with its own d
 _LINE_END = re.compile(r"\r\n|\r")
 
 
-def expected_files(entry: Entry) -> dict[str, Path]:
+def expected_files(entry: Entry, *, has_own_tokenizer: bool = True) -> dict[str, Path]:
     """The files of base and adapter that belong next to the merge, by the rule of a publication.
 
-    Those whose kind is not compared by meaning are the base's remaining files, which the model may copy.
+    Those whose kind is not compared by meaning are the base's remaining files, which the model may copy. Without
+    `has_own_tokenizer`, the adapter's tokenizer does not replace the base's.
     """
     base = _places(entry.base.directory if entry.base is not None else "")
     own = _own_files(entry)
+    own = {name: path for name, path in own.items() if has_own_tokenizer or companion_kind(name) is not _TOKENIZER}
     settings = _object(own.get("tokenizer_config.json"))
     dropped = replaced(base, own, has_template=bool(settings.get("chat_template")))
     return {name: path for name, path in base.items() if name not in dropped} | own
@@ -73,12 +76,26 @@ def _own_files(entry: Entry) -> dict[str, Path]:
     return {name: adapter[name] for name in _compared(adapter) if companion_kind(name) is not Companion.CONFIG}
 
 
-def settings_files(merged: Snapshot, entry: Entry) -> SettingsFiles:
+def adds_tokens(entry: Entry) -> bool:
+    """Whether the adapter's tokenizer has tokens that the base's does not have, or the reverse."""
+    own, base = (_vocabulary(files) for files in (_own_files(entry), expected_files(entry, has_own_tokenizer=False)))
+    return bool(own) and own != base
+
+
+def _vocabulary(files: Mapping[str, Path]) -> object:
+    content = _object(files.get("tokenizer.json"))
+    model = content.get("model")
+    added = [(token.get("id"), token.get("content")) for token in content.get("added_tokens") or []]
+    return (model.get("vocab") if isinstance(model, dict) else None, added) if content else None
+
+
+def settings_files(merged: Snapshot, entry: Entry, *, has_own_tokenizer: bool = True) -> SettingsFiles:
     """What the worker compares: of both, the companions that can be read."""
+    expected = expected_files(entry, has_own_tokenizer=has_own_tokenizer)
     return SettingsFiles(
-        expected=tuple((name, str(path)) for name, path in _readable(expected_files(entry)).items()),
+        expected=tuple((name, str(path)) for name, path in _readable(expected).items()),
         merged=tuple(_readable(_places(merged.directory))),
-        has_own_tokenizer=bool(of_kind(_own_files(entry), Companion.TOKENIZER)),
+        has_own_tokenizer=has_own_tokenizer and bool(of_kind(_own_files(entry), Companion.TOKENIZER)),
     )
 
 

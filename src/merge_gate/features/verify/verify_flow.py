@@ -69,6 +69,8 @@ def verify_record(
         GateError: a file cannot be read, or the report cannot be written.
     """
     _refuse_inside(merged, output)
+    for _, module in parts("release"):
+        module.refuse_alone(merged)
     name, path, _ = _resolved(merged)
     before = _identity(path or "")
     if path is None:
@@ -204,7 +206,7 @@ class Verification(Feature):
         if not groups or not isinstance(merged, Snapshot):
             return
         if self._release is not None:
-            yield from self._release.groups_of(merged, groups, [_NO_MODEL])
+            yield from self._release.groups_of(merged, self._run.tally.entries[0], groups, [_NO_MODEL])
             return
         settings, files = settings_files(merged, self._run.tally.entries[0]), merged.base_files
         assert files is not None  # noqa: S101 - it was resolved as a base
@@ -248,7 +250,9 @@ class Verification(Feature):
         candidates = {entries[index].spec.source: compared for index, compared in judged if index > 0}
         findings_of = answer.findings_of if self._release is None else self._release.findings_of
         findings = findings_of(merged, entries[0], comparison, candidates)
-        return answer.compared_report(merged, entries[0], self._evidence[0], findings, self._allowed)
+        never = set[str]() if self._release is None else self._release.never_allowed(comparison)
+        allowed = {*self._allowed} - never
+        return answer.compared_report(merged, entries[0], self._evidence[0], findings, allowed)
 
     def _unless_changed(self, report: AdapterReport) -> AdapterReport:
         """The report, or an error if the base was written to meanwhile."""

@@ -1,8 +1,8 @@
 """The explanation of each check, and of each kind of finding that is no check.
 
 In: the id of a check or a kind. Out: its page as Markdown or as text for a terminal, and the page's address. A check's
-page is the docstring of its module. The pages of kinds are copies of docs/checks and docs/guides/verify.md, which
-`make schemas` writes.
+page is the docstring of its module. The pages of kinds are copies of docs/checks and of docs/guides/verify.md and
+verify-quantized.md, with the hints of the kinds. `make schemas` writes them.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _plain(text: str) -> str:
 def page_of(check: str) -> str | None:
     """The address of the page on a check or a kind. None if it has none, or while the project has no address."""
     if check in ANSWERS:
-        return kind_url(check, __version__)
+        return kind_url(check, __version__, ANSWERS[check].page)
     return check_url(check, __version__) if check in explanations() else None
 
 
