@@ -481,3 +481,31 @@ def test_of_other_methods_the_report_says_that_peft_alone_vouches(method: str, b
     evidence = bench.gate.combine(members, base, combine).evidence
     assert {reason for _, reason in evidence.not_compared} == {f"PEFT alone vouches for a combination by {method}"}
     assert len(evidence.not_compared) == 2
+
+
+# --- runs on made-up inputs ----------------------------------------------------------------------------------------
+
+
+def test_a_write_in_a_run_on_made_up_inputs_fails_the_adapter_alone(bench: Bench, monkeypatch) -> None:
+    """The forward of PEFT's layer writes into the weight of the base. The proof runs layers on copies."""
+    case, gate = methods.find("lora-linear"), Gate()
+    directory = bench.base_directory(case.base, "float16")
+    healthy = gate.judge(bench.adapter(case), directory)
+    assert_passes(healthy)
+    assert healthy.evidence.forward.ran
+    (base,) = gate.loaded.values()
+    before = {name: tensor.clone() for name, tensor in base.tensors.items()}
+    own, forward = {tensor.data_ptr() for tensor in base.tensors.values()}, lora.layer.Linear.forward
+
+    def writing(layer: Any, *given: Any, **named: Any) -> Any:
+        if layer.get_base_layer().weight.data_ptr() in own:
+            layer.get_base_layer().weight.data.mul_(1.1)
+        return forward(layer, *given, **named)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lora.layer.Linear, "forward", writing)
+        judgement = gate.judge(bench.adapter(case), directory)
+    assert_differs(judgement)
+    assert judgement.findings[0].message.startswith("PEFT's forward run writes into")
+    assert all(torch.equal(base.tensors[name], values) for name, values in before.items())
+    assert gate.judge(bench.adapter(case), directory).evidence.merges == healthy.evidence.merges

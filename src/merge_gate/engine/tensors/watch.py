@@ -104,7 +104,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
-        written = _written(func)
+        written = written_arguments(func)
         if written and self.is_on and not _OF_THREAD.pauses:
             for place, name in written:
                 given = args[place] if place < len(args) else named.get(name)
@@ -132,7 +132,7 @@ _COPY = torch.ops.aten.copy_.default
 
 
 @functools.cache
-def _written(func: Any) -> tuple[tuple[int, str], ...]:
+def written_arguments(func: Any) -> tuple[tuple[int, str], ...]:
     """The arguments that an operation writes to, by position and name. `set_` writes nothing: it moves a tensor."""
     if func.overloadpacket is torch.ops.aten.set_:
         return ()

@@ -36,7 +36,8 @@ from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from merge_gate.engine.tensors.watch import Memory, Watch
+from merge_gate.engine.tensors.watch import Memory, written_arguments
+from merge_gate.records.refusals import Refused
 
 MOST_OPERATIONS = 200_000
 """The limit of one model's operations, for code that loops. A Llama with 80 layers needs about 10,000."""
@@ -144,6 +145,11 @@ class _Thread:
         self._turns.put(None)
         self._thread.join()
 
+    def name_in_base(self, tensor: torch.Tensor) -> str | None:
+        """The name of the base's tensor in whose memory this one lies."""
+        is_plain = tensor.layout is torch.strided and not tensor.is_meta
+        return self._run.memory.name_of(tensor) if is_plain else None
+
     def wait_for(self, places: set[Place]) -> None:
         """Called by the model's own thread before it reads these tensors."""
         if self._open is None:  # the model's code has caught `_Stopped`
@@ -169,7 +175,7 @@ class _Thread:
     def _work(self) -> None:
         try:
             self._wait()
-            with torch.no_grad(), Watch(self._run.memory, "forward run"), _Reads(self):
+            with torch.no_grad(), _Reads(self):
                 self._run.returned = self._run.model(**self._run.inputs)
         except _Stopped:
             pass
@@ -192,9 +198,9 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._remaining < 0:
             raise RuntimeError(f"more than {MOST_OPERATIONS} operations")
         kwargs = kwargs or {}
-        written = (kwargs.get(name, args[at] if at < len(args) else None) for at, name in _written(function))
-        if any(_address(tensor) in self._thread.weights for tensor in _tensors(written)):
-            raise RuntimeError(f"{function} writes to a weight")
+        written = (kwargs.get(name, args[at] if at < len(args) else None) for at, name in written_arguments(function))
+        for tensor in _tensors(written):
+            self._refuse(function, tensor)
         if not _returns_views(function):
             places = {*filter(None, map(self._place, (*_tensors(args), *_tensors(kwargs.values()))))}
             if places:
@@ -204,6 +210,15 @@ class _Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_product and {tensor.dtype for tensor in args} == {torch.float16}:  # torch refuses a mixture
             return _in_float32(*args)
         return function(*args, **kwargs)
+
+    def _refuse(self, function: Any, tensor: torch.Tensor) -> None:
+        """Refuse a write to a weight. RWKV's own forward does so."""
+        name = self._thread.name_in_base(tensor)
+        if name is not None:
+            operation = function.overloadpacket.__name__
+            raise Refused("base_written", tensor=name, operation=operation, step="forward run")
+        if _address(tensor) in self._thread.weights:
+            raise RuntimeError(f"{function} writes to a weight")
 
     def _place(self, value: Any) -> Place | None:
         return self._thread.places.get(_address(value)) if isinstance(value, torch.Tensor) else None
@@ -267,15 +282,6 @@ def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
 def _address(tensor: torch.Tensor) -> int:
     """That of the tensor's storage; 0 if it has none."""
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided and tensor.numel() else 0
-
-
-@functools.cache
-def _written(function: Any) -> tuple[tuple[int, str], ...]:
-    """The place and the name of each argument that an operation writes to."""
-    if function.overloadpacket is torch.ops.aten.set_:  # it changes the storage of a parameter, and no values
-        return ()
-    arguments = enumerate(function._schema.arguments)
-    return tuple((at, arg.name) for at, arg in arguments if arg.alias_info is not None and arg.alias_info.is_write)
 
 
 @functools.cache

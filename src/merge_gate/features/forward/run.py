@@ -280,5 +280,7 @@ def _share_run(base: Base, own: Activations) -> float:
 
 
 def _failed(what: str, error: BaseException) -> Forward:
+    if isinstance(error, Refused):
+        return Forward(why_not=f"{what} writes to a weight of the base")
     is_of_memory = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
     return Forward(why_not=f"{what} raised {type(error).__name__}: {first_line(error)[:200]}", missing=is_of_memory)
