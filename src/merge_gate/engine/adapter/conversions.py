@@ -31,14 +31,14 @@ FLOAT32 = 2.0**-18
 def unplaced_layers(
     model: Any, base: Base, weights: Mapping[str, torch.Tensor], names: Collection[str], adapter_name: str
 ) -> dict[str, str]:
-    """Compare the layers with joined factors. Returns those of which nothing says what is right, and why.
+    """Compare the layers with joined factors. Returns the modules in the file that are not compared, and why.
 
     `names` are the tensors of the file that PEFT has joined.
 
     Raises:
         Refused: a layer has its factors in other places.
     """
-    unplaced: dict[str, str] = {}
+    compared: set[str] = set()
     mapping = _mapping(base, weights, names) if names else None
     targets = {} if mapping is None else {target: group for group in mapping.groups for target in group.targets}
     for path, layer in model.get_base_model().named_modules() if names else ():
@@ -48,8 +48,8 @@ def unplaced_layers(
         module = path.replace(".base_layer", "")
         group = targets.get(f"{module}.{parameter}")
         if group is None or group.recipe is None:
-            unplaced[path] = "nothing says where PEFT has to put its factors"
             continue
+        compared.update(source.removesuffix(".weight") for source in group.sources)
         deltas = {
             source: layer.scaling[adapter_name] * _factor(weights, source, "B") @ _factor(weights, source, "A")
             for source in group.sources
@@ -58,7 +58,8 @@ def unplaced_layers(
         room = expected.abs() * torch.finfo(got.dtype).eps + expected.abs().max() * FLOAT32
         if got.shape != expected.shape or bool(((got.cpu().float() - expected).abs() > room).any()):
             raise Refused("factors_displaced", module=module, joined=len(names))
-    return unplaced
+    modules = {name.removeprefix(ADAPTER_PREFIX).partition(".lora_")[0] for name in names}
+    return dict.fromkeys(sorted(modules - compared), "nothing says where PEFT has to put its factors")
 
 
 def _factor(weights: Mapping[str, torch.Tensor], source: str, factor: str) -> torch.Tensor:
