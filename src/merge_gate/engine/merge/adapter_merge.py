@@ -249,16 +249,15 @@ class AdapterMerge:
             names = inspect.signature(original).bind(*positional, **named).arguments.get("adapter_names")
             by_peft = functools.partial(original, adapter_names=names)
             self._depth += 1
-            watch.is_on = False  # the gate fills tensors of the base; a merge by PEFT has its own watch
             try:
-                self._merge_layer(path, layer, by_peft)
+                with watch.paused():  # a merge by PEFT has its own watch
+                    self._merge_layer(path, layer, by_peft)
             except (Refused, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
                 raise CannotJudge("not_measured", module=path, error=caught(error)) from error
             finally:
                 self._depth -= 1
-                watch.is_on = True
 
         return merge
 

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from merge_gate.engine.tensors.measure import shares_storage
 from merge_gate.records.refusals import Refused
@@ -78,7 +78,7 @@ def unwatched() -> Iterator[None]:
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside of the `with` block, refuse what this thread, and each that it starts, writes into `memory`.
 
-    `step` names what runs in the block. `is_on` can be set to False for a while.
+    `step` names what runs in the block.
 
     Raises:
         Refused: code wanted to write there. It is raised again at the end of the block, if it was caught.
@@ -86,7 +86,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, memory: Memory, step: str, refused: list[Refused] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._memory, self._step, self.is_on = memory, step, True
+        self._memory, self._step = memory, step
         self._refused = [] if refused is None else refused
 
     def __enter__(self) -> Self:
@@ -102,10 +102,20 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._refused and not isinstance(error, Refused):  # it was caught, or raised in another thread
             raise self._refused[0] from error
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside of this `with` block, the watch is off, and costs nothing: the gate works on tensors of its own."""
+        _OF_THREAD.watches.remove(self)
+        try:
+            with _disable_current_modes():
+                yield
+        finally:
+            _OF_THREAD.watches.append(self)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         named = kwargs or {}
         written = written_arguments(func)
-        if written and self.is_on and not _OF_THREAD.pauses:
+        if written and not _OF_THREAD.pauses:
             for place, name in written:
                 given = args[place] if place < len(args) else named.get(name)
                 for tensor in given if isinstance(given, list | tuple) else (given,):
@@ -147,12 +157,11 @@ def _started_watched(start: Any) -> Any:
 
     @functools.wraps(start)
     def start_watched(thread: threading.Thread) -> None:
-        watch = next((watch for watch in reversed(_OF_THREAD.watches) if watch.is_on), None)
-        if watch is not None and not _OF_THREAD.pauses:
-            run = thread.run
+        if _OF_THREAD.watches and not _OF_THREAD.pauses:
+            run, watch = thread.run, _OF_THREAD.watches[-1].of_thread()
 
             def run_watched() -> None:
-                with contextlib.suppress(Refused), watch.of_thread():
+                with contextlib.suppress(Refused), watch:
                     run()
 
             thread.run = run_watched  # type: ignore[method-assign]
