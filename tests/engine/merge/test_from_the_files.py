@@ -5,6 +5,8 @@
 | injection or load change a place of the model | by the account of places |
 | they write into the memory of the base | before the write, by the watch |
 | the adapter's tensors change between load and merge | by their values, right before the merge |
+| the strength, tokens, or variant of a layer change on load | by what the injection made of the configuration |
+| factors of two layers exchanged on load | by their names |
 | experts in another order than in the file | by the conversions of the base's own class |
 | what PiSSA and OLoRA leave of a weight | by the product of their first factors |
 | noise and wrong strengths in 16 bits | by the roundings that each class makes |
@@ -30,6 +32,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import core_model_loading
 
@@ -235,16 +238,20 @@ def scaled(attribute: str, factor: float) -> Change:
     return change
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize(("name", "attribute"), [("loha-linear", "hada_w1_a"), ("lora-experts", "lora_B")])
-def test_factors_that_change_between_load_and_merge_are_found(name, attribute, dtype, bench, monkeypatch) -> None:
+def unloading_after(change: Change) -> Callable[..., Any]:
     unload = BaseTuner._unload_and_optionally_merge
 
     def with_change(tuner: Any, *given: Any, **named: Any) -> Any:
-        scaled(attribute, 1.3)(tuner.model)
+        change(tuner.model)
         return unload(tuner, *given, **named)
 
-    monkeypatch.setattr(BaseTuner, "_unload_and_optionally_merge", with_change)
+    return with_change
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("name", "attribute"), [("loha-linear", "hada_w1_a"), ("lora-experts", "lora_B")])
+def test_factors_that_change_between_load_and_merge_are_found(name, attribute, dtype, bench, monkeypatch) -> None:
+    monkeypatch.setattr(BaseTuner, "_unload_and_optionally_merge", unloading_after(scaled(attribute, 1.3)))
     assert_differs(judged(bench, methods.find(name), dtype))
 
 
@@ -297,6 +304,58 @@ def test_experts_in_another_order_than_in_the_file_are_found(bench: Bench, monke
     judgement = judged(bench, case)
     assert_differs(judgement)
     assert "in another order" in judgement.findings[0].message
+
+
+def test_factors_exchanged_between_two_layers_on_load_are_found(bench: Bench) -> None:
+    """The tags, which another load puts in place of values, are exchanged alike."""
+
+    def change(model: nn.Module) -> None:
+        for attribute in ("lora_A", "lora_B"):
+            first, second = factors(model, attribute)
+            first.data, second.data = second.data, first.data
+
+    case = methods.make_case("from-two", "llama", "LoraConfig", r=2, target_modules=["q_proj", "v_proj"])
+    assert_passes(judged(bench, case))
+    with peft_changes("load", change):
+        assert judged(bench, case).cause == "keys-missing"
+
+
+def set_otherwise(attribute: str, way: Callable[[Any], Any]) -> Change:
+    def change(model: nn.Module) -> None:
+        for layer in model.modules():
+            held = getattr(layer, attribute, None) if isinstance(layer, BaseTunerLayer) else None
+            for key in held or ():
+                held[key] = way(held[key])
+
+    return change
+
+
+SETTINGS: dict[str, Change] = {
+    "lora-linear": set_otherwise("scaling", lambda scaling: 1.3 * scaling),
+    "lora-experts": set_otherwise("scaling", lambda scaling: 1.3 * scaling),
+    "loha-linear": set_otherwise("scaling", lambda scaling: 1.3 * scaling),
+    "lora-tokens": set_otherwise("token_indices", lambda tokens: tokens[::-1]),
+    "lora-tied-tokens": set_otherwise("token_indices", lambda tokens: [token + 1 for token in tokens]),
+    "hra-linear": set_otherwise("hra_apply_GS", lambda applies: not applies),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_another_strength_or_token_than_the_configuration_gives_is_found(name: str, bench: Bench) -> None:
+    assert_passes(judged(bench, methods.find(name)))
+    with peft_changes("load", SETTINGS[name]):
+        assert_differs(judged(bench, methods.find(name)))
+    assert_passes(judged(bench, methods.find(name)))
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e-7, 1e4])
+def test_experts_with_deltas_at_the_ends_of_float16_are_in_their_places(factor: float, bench: Bench) -> None:
+    """Their product is rounded to steps of 6e-8, or becomes infinite."""
+    case = methods.find("lora-experts-one-by-one")
+    state = {name: tensor * factor for name, tensor in load_file(bench.adapter(case) / methods.WEIGHTS).items()}
+    adapter = methods.write_variant(bench.adapter(case), bench.root / f"{case.name}-{factor}", state)
+    judgement = bench.gate.judge(adapter, bench.base_directory(case.base, "float16"))
+    assert "merge-differs" not in {finding.check for finding in judgement.findings}, judgement
 
 
 # --- what the injection rewrites by definition ---------------------------------------------------------------------
@@ -470,6 +529,34 @@ def test_a_combination_with_other_weights_is_found(method: str, way: str, bench:
         return add(model, adapters, OTHER_WEIGHTS[way](weights), *given, **named)
 
     monkeypatch.setattr(LoraModel, "add_weighted_adapter", wrong)
+    assert_differs(bench.gate.combine(members, base, combine))
+
+
+def scaled_members(bench: Bench, factor: float) -> tuple[Path, ...]:
+    members = []
+    for number in (0, 1):
+        adapter = bench.adapter(dataclasses.replace(PROVED["lora"], name=f"member-{number}"))
+        state = {name: tensor * factor for name, tensor in load_file(adapter / methods.WEIGHTS).items()}
+        members.append(methods.write_variant(adapter, bench.root / f"member-{number}-{factor}", state))
+    return tuple(members)
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1e-7, 1e7])
+def test_a_combination_in_float16_of_factors_at_its_ends_is_right(factor: float, bench: Bench) -> None:
+    """PEFT puts `cat` into factors of the base's dtype: float16 has steps of 6e-8, and 65,504 at most."""
+    members, base = scaled_members(bench, factor), bench.base_directory(PROVED["lora"].base, "float16")
+    judgement = bench.gate.combine(members, base, Combine(method="cat", adapters=("one", "two"), weights=(0.7, 0.2)))
+    assert "merge-differs" not in {finding.check for finding in judgement.findings}, judgement
+
+
+def test_a_combination_that_changes_before_the_merge_is_found(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution does not go in blocks, whose factors are those of the plan."""
+    case = methods.find("lora-conv2d")
+    members = tuple(bench.adapter(dataclasses.replace(case, name=f"convolution-{number}")) for number in (0, 1))
+    base = bench.base_directory(case.base, "float32")
+    combine = Combine(method="cat", adapters=("one", "two"), weights=(0.7, 0.2))
+    assert_passes(bench.gate.combine(members, base, combine))
+    monkeypatch.setattr(BaseTuner, "_unload_and_optionally_merge", unloading_after(scaled("lora_B", 1.3)))
     assert_differs(bench.gate.combine(members, base, combine))
 
 

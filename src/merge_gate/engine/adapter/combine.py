@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +19,7 @@ from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.inject import base_slots, base_tensors_in_file, fit_vocabulary, inject, targeted_modules
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Arrival, Loaded, Tensors, factors_of, load_weights
 from merge_gate.engine.adapter.peft_config import initialization_writes_to_base, read_config
-from merge_gate.engine.adapter.places import Injected, accounted
+from merge_gate.engine.adapter.places import Injected, accounted, all_settings, snapshot_of
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.tensors.measure import same_values
 from merge_gate.engine.tensors.placement import raise_if_of_the_run
@@ -98,7 +99,9 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         targeted=targeted_modules(model),
         base_names=base_names,
         tied_modules=tied_modules,
-        injected=injected,
+        injected=replace(
+            injected, first=snapshot_of(model), settings=all_settings(model)
+        ),  # with the factors that were compared
         unproved=unproved,
         seed=combine.seed if "dare" in combine.method else None,
     )
@@ -236,8 +239,11 @@ def _unproved(
         probes = torch.randn(a.shape[1], PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         got = float(layer.scaling[ADAPTER_NAME]) * (b @ (a @ probes))
         expected, sizes = (_cat if combine.method == "cat" else _linear)(members, probes)
-        error = (got - expected).norm(dim=1)
-        if bool((error > (FLOAT32 + torch.finfo(combined[0].dtype).eps) * sizes.norm(dim=1)).any()):
+        error, info = (got - expected).norm(dim=1), torch.finfo(combined[0].dtype)
+        least, scaling = info.tiny * info.eps, abs(float(layer.scaling[ADAPTER_NAME]))  # float16 rounds small ones more
+        lost = (b.abs() + least).sum(1, keepdim=True) * probes.abs().sum(0) + (a @ probes).abs().sum(0)
+        room = ((FLOAT32 + info.eps) * sizes + scaling * least * lost).norm(dim=1)
+        if bool(((error > room) & got.isfinite().all(dim=1)).any()):
             share = float(error.norm() / expected.norm().clamp(min=1e-300))
             raise Refused("combined_wrongly", module=path, method=combine.method, share=share)
     return unproved

@@ -55,8 +55,10 @@ def unplaced_layers(
             for source in group.sources
         }
         expected, got = next(iter(group.recipe(deltas).values())), layer.get_delta_weight(adapter_name)
-        room = expected.abs() * torch.finfo(got.dtype).eps + expected.abs().max() * FLOAT32
-        if got.shape != expected.shape or bool(((got.cpu().float() - expected).abs() > room).any()):
+        info = torch.finfo(got.dtype)
+        room = expected.abs() * info.eps + expected.abs().max() * FLOAT32 + info.tiny * info.eps
+        got = got.cpu().float()
+        if got.shape != expected.shape or bool((((got - expected).abs() > room) & got.isfinite()).any()):
             raise Refused("factors_displaced", module=module, joined=len(names))
     modules = {name.removeprefix(ADAPTER_PREFIX).partition(".lora_")[0] for name in names}
     return dict.fromkeys(sorted(modules - compared), "nothing says where PEFT has to put its factors")

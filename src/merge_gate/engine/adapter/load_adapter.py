@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,7 +129,8 @@ def compare(
     else:
         expected = {name: (key, own[key]) for name, key in expected_keys.items()}
     loaded_keys = {key for key in copied if key in own}
-    matching = _Matching(file=file, own=own, loaded_keys=loaded_keys, tied_tokens=_tied_tokens(model))
+    named = {name for name, (key, _) in expected.items() if key in loaded_keys}
+    matching = _Matching(file=file, own=own, loaded_keys=loaded_keys, named=named, tied_tokens=_tied_tokens(model))
     matching.match_names(expected)
     matching.match_values()
     matching.match_tags(load_tagged)
@@ -152,14 +153,16 @@ def compare(
 class _Matching:
     """Matches tensors of the file with tensors of the model.
 
-    `own` are the model's tensors by key, and `loaded_keys` the keys that PEFT copied into. `tied_tokens` maps the names
-    of a tied module's trained tokens to those of the module that owns them. `arrived_names` are names in the file, and
-    `matched_keys` keys of the model, that have a match.
+    `own` are the model's tensors by key, and `loaded_keys` the keys that PEFT copied into. `named` are names of the
+    file that PEFT would save for one of these keys: if their values are elsewhere, they are in a wrong place.
+    `tied_tokens` maps the names of a tied module's trained tokens to those of the module that owns them.
+    `arrived_names` are names in the file, and `matched_keys` keys of the model, that have a match.
     """
 
     file: Tensors
     own: Tensors
     loaded_keys: set[str]
+    named: Collection[str]
     tied_tokens: Mapping[str, str]
     model_key: dict[str, str] = field(default_factory=dict)
     arrived_names: set[str] = field(default_factory=set)
@@ -168,6 +171,10 @@ class _Matching:
 
     def unmatched_names(self) -> list[str]:
         return [name for name in self.file if name not in self.arrived_names]
+
+    def renamed_names(self) -> list[str]:
+        """Unmatched names that PEFT does not load under their own names."""
+        return [name for name in self.unmatched_names() if name not in self.named]
 
     def match_names(self, expected: Mapping[str, tuple[str, torch.Tensor]]) -> None:
         """Steps a and b."""
@@ -188,7 +195,7 @@ class _Matching:
     def match_values(self) -> None:
         """Step c. Each tensor of the model matches one name, even if several tensors have the same values."""
         unmatched_keys = sorted(self.loaded_keys - self.matched_keys)
-        for name in self.unmatched_names():
+        for name in self.renamed_names():
             key = next((key for key in unmatched_keys if has_values(self.own[key], self.file[name])), None)
             if key is not None:
                 unmatched_keys.remove(key)
@@ -196,7 +203,7 @@ class _Matching:
 
     def match_tags(self, load_tagged: Callable[[Tensors], Tensors]) -> None:
         """Step d."""
-        names, unmatched_keys = self.unmatched_names()[:MOST_TAGS], self.loaded_keys - self.matched_keys
+        names, unmatched_keys = self.renamed_names()[:MOST_TAGS], self.loaded_keys - self.matched_keys
         if not names or not unmatched_keys:
             return
         name_of_tag = {float(position): name for position, name in enumerate(names, 1)}  # 0 is left for padding

@@ -7,7 +7,7 @@ has changed and that it must not change.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -116,6 +116,23 @@ def _own_modules(module: Any) -> Iterator[nn.Module]:
             yield from _own_modules(child)
 
 
+def settings_of(layer: Any) -> dict[tuple[str, object], object]:
+    """What a tuner layer holds for each adapter besides tensors: strengths, trained tokens, variants."""
+    return {
+        (attribute, name): list(value) if isinstance(value, list) else value
+        for attribute, held in vars(layer).items()
+        if isinstance(held, dict) and not attribute.startswith("_")
+        for name, value in held.items()
+        if isinstance(value, bool | int | float | str | list)
+    }
+
+
+def all_settings(model: Any) -> dict[str, Mapping[tuple[str, object], object]]:
+    """`settings_of` each layer of a model, by path."""
+    named = model.named_modules()
+    return {path: settings_of(module) for path, module in named if isinstance(module, BaseTunerLayer)}
+
+
 def snapshot_of(model: Any) -> dict[Holder, torch.Tensor]:
     """Copies of the adapter's tensors in a model."""
     layers = (module for module in model.modules() if isinstance(module, BaseTunerLayer))
@@ -131,11 +148,13 @@ class Injected:
 
     `own` are a longer vocabulary, and weights that the method changes by definition. `unaccounted` names those of them
     of which nothing says what they have to be. `first` has copies of the adapter's tensors; None if they are blank.
+    `settings` has what the layers hold besides (`all_settings`).
     """
 
     own: Mapping[str, torch.Tensor]
     unaccounted: frozenset[str] = frozenset()
     first: Mapping[Holder, torch.Tensor] | None = None
+    settings: Mapping[str, Mapping[tuple[str, object], object]] = field(default_factory=dict)
 
 
 def accounted(model: Any, base: Base, config: Any, *, blank: bool) -> Injected:
@@ -159,7 +178,8 @@ def accounted(model: Any, base: Base, config: Any, *, blank: bool) -> Injected:
             unaccounted.add(place.name)
         elif not has_bits_of_base(base, place) and not (is_rewritten and _is_residual(base, place, layer)):
             raise Refused("place_changed", tensor=place.name, step="injection")
-    return Injected(own=own, unaccounted=frozenset(unaccounted), first=None if blank else snapshot_of(model))
+    first = None if blank else snapshot_of(model)
+    return Injected(own=own, unaccounted=frozenset(unaccounted), first=first, settings=all_settings(model))
 
 
 def _leaves_residual(config: Any) -> bool:

@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from peft.tuners.adalora import AdaLoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, has_values
-from merge_gate.engine.adapter.places import adapter_tensors, has_bits_of_base, is_of_base, places_of
+from merge_gate.engine.adapter.places import adapter_tensors, has_bits_of_base, is_of_base, places_of, settings_of
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.merge.private_copies import MergeTarget
 from merge_gate.engine.tensors.measure import same_bits, shares_storage
@@ -37,6 +38,11 @@ class Places:
         self._before = {place.name: (place.tensor, place.tensor.data) for place in places}
         self._held = {id(parameter): data for parameter, data in self._before.values()}
         self.layers = list({id(layer): (path, layer) for place in places for path, layer in place.layers}.values())
+        self._settings = {
+            id(module): loaded.injected.settings.get(path, {})
+            for path, module in loaded.model.named_modules()
+            if isinstance(module, BaseTunerLayer)
+        }
         parts = ((place.name, part) for place in self._others for part in with_scales(place.module, place.tensor))
         self.memory = Memory(parts, base.memory)
 
@@ -53,12 +59,19 @@ class Places:
             if not is_left and id(place.tensor) not in of_file and not has_bits_of_base(self._base, place):
                 yield place.name
 
+    def has_other_settings(self, layer: Any) -> bool:
+        """Whether a layer's strength, trained tokens, or variant is not what the injection has left."""
+        inner = (module for module in layer.modules() if isinstance(module, BaseTunerLayer))
+        return any(self._settings.get(id(module)) != settings_of(module) for module in inner)
+
     def has_other_factors(self, layer: Any) -> bool:
         """Whether a tensor of the adapter in a layer has other values than the file, or than the injection gave it.
 
         PEFT may put equal values in the place of factors in 16 bits.
         """
         first = self._loaded.injected.first
+        if self.has_other_settings(layer):
+            return True
         if isinstance(layer, AdaLoraLayer) and not layer.lora_E[ADAPTER_NAME].numel():
             return False  # the load leaves nothing of a pruned layer
         for holder, tensor in adapter_tensors(layer):

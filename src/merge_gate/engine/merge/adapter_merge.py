@@ -124,7 +124,8 @@ class AdapterMerge:
         for name in self._places.changed():
             self._differs(name, "load")
         for block in self.planned:
-            if self.loaded.is_probed and self._places.has_other_factors(block.layer):
+            is_changed = self._places.has_other_factors if self.loaded.is_probed else self._places.has_other_settings
+            if is_changed(block.layer):
                 self._differs(block.path, "factors")
             factors = (block.update.lora_a, block.update.lora_b, block.update.magnitude)
             self._places.memory.protect(block.path, *(factor for factor in factors if factor is not None))
