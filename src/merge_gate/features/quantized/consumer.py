@@ -33,11 +33,10 @@ from merge_gate.engine.tensors.threads import spread
 from merge_gate.features.quantized.checkpoint import Checkpoint, open_checkpoint
 from merge_gate.features.quantized.folds import norms_of_one_plus
 from merge_gate.features.quantized.gguf_tokenizer import differing_tokenizer
-from merge_gate.features.quantized.measurement import Measurement, TensorStrength
+from merge_gate.features.quantized.measurement import Measurement, ReleaseFiles, TensorStrength
 from merge_gate.features.quantized.release import OpenTensor, Release, is_near, whole
 from merge_gate.features.quantized.release_flow import GGUF
 from merge_gate.features.quantized.tensor_fit import BLOCK, TensorFit
-from merge_gate.features.verify.comparison import SettingsFiles
 from merge_gate.features.verify.expected_differences import Expectation
 from merge_gate.features.verify.finished_model import Files
 from merge_gate.features.verify.finished_settings import read_settings
@@ -55,7 +54,7 @@ _NOTHING_MEASURED = Measurement()
 
 
 def consumer(
-    asked: tuple[Snapshot, tuple[SettingsFiles, ...]],
+    asked: ReleaseFiles,
     _task: Task,
     loaded: GroupBase,
     bases: GroupBases,
@@ -66,7 +65,7 @@ def consumer(
     Raises:
         EngineError: the release cannot be read.
     """
-    finished, files = asked
+    finished, files = asked.release, asked.files
     assert finished.base_files is not None  # noqa: S101 - it was recognized by them
     measurement, config = Measurement(), loaded.base.model.config
     if finished.base_files.quantization == GGUF:

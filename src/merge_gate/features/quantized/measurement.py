@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from merge_gate.features.verify.comparison import ReadSettings
+from merge_gate.features.verify.comparison import ReadSettings, SettingsFiles
 from merge_gate.records.files import Snapshot
 from merge_gate.records.terms import record
 
@@ -111,7 +111,15 @@ class Measurement:
     files: tuple[ReadSettings, ...] = ()
 
 
-SETTINGS = Snapshot
+@record
+class ReleaseFiles:
+    """A release, and the files next to its weights, with those of each tokenizer that it may have."""
+
+    release: Snapshot
+    files: tuple[SettingsFiles, ...] = ()
+
+
+SETTINGS = ReleaseFiles
 """What the worker gets of a release."""
 
 FACT = Measurement

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.text import counted, listing, quoted
-from merge_gate.features.quantized.measurement import Measurement
+from merge_gate.features.quantized.measurement import Measurement, ReleaseFiles
 from merge_gate.features.quantized.strength_findings import strength_findings, tokenizer_findings
 from merge_gate.features.verify.directory import adds_tokens, directory_findings, expected_files, settings_files
 from merge_gate.judging.kinds import finding
@@ -95,7 +95,10 @@ def groups_of(merged: Snapshot, entry: Entry, groups: Sequence[Group], more: Seq
                 consumers=(
                     *task.consumers,
                     *more,
-                    ConsumerSpec(feature="quantized", settings=(merged, files if task.index == 0 else ())),
+                    ConsumerSpec(
+                        feature="quantized",
+                        settings=ReleaseFiles(release=merged, files=files if task.index == 0 else ()),
+                    ),
                 ),
             )
             for task in group.tasks
