@@ -58,8 +58,23 @@ def judged(
 ) -> tuple[int, list[tuple[str, str]]]:
     """The exit code, and the findings of base-mismatch: severity and message."""
     write_config(place / "a", read_config(place / "a") | {"base_model_name_or_path": named})
+    return found_by(place, [command, "a", "--base", base, *words])
+
+
+def released(place: Path, base: str, named: str) -> tuple[int, list[tuple[str, str]]]:
+    """The same with `policy: release`, and with the check as an error."""
+    write_config(place / "a", read_config(place / "a") | {"base_model_name_or_path": named})
+    text = f"version: 1\nadapters: [{{path: a}}]\nbase: {{model: ./{base}}}\n"
+    (place / "release.yml").write_text(text + "policy: release\n")
+    (place / "error.yml").write_text(text + "checks: {base-mismatch: error}\n")
+    policy, setting = (found_by(place, ["check", name]) for name in ("release.yml", "error.yml"))
+    assert policy == setting
+    return policy
+
+
+def found_by(place: Path, argv: list[str]) -> tuple[int, list[tuple[str, str]]]:
     with chdir(place):
-        code = main([command, "a", "--base", base, "--report", "json=out.json", *words])
+        code = main([*argv, "--report", "json=out.json"])
     (entry,) = strict_json(place / "out.json")["adapters"]
     found = [each for each in entry["findings"] if each["check"] == "base-mismatch"]
     return code, [(each["severity"], each["message"]) for each in found]
@@ -154,11 +169,51 @@ def test_the_same_model_type(kind: str, place: Path, wording) -> None:
     wording("\n".join(message for _, message in found))
 
 
+def test_other_files_of_one_type_stay_a_warning_for_a_release(place: Path) -> None:
+    longer(copied(place))
+    code, [(severity, message)] = released(place, "llama", f"{place}/copy")
+    assert (code, severity) == (0, "warning")
+    assert "has shape [72, 32] there and [" in message
+
+
 def out_of_its_tree(place: Path) -> str:
     """The weights are behind a link, as in a cache; it may lead anywhere."""
     shutil.move(place / "llama" / MODEL, place / "elsewhere.safetensors")
     (place / "llama" / MODEL).symlink_to(place / "elsewhere.safetensors")
     return f"{place}/llama"
+
+
+def weights_of_another_directory(place: Path) -> str:
+    """An index may name any file."""
+    shutil.move(place / "llama" / MODEL, place / MODEL)
+    names = dict.fromkeys(read_tensors(place, MODEL), f"../{MODEL}")
+    index = {"metadata": {}, "weight_map": names}
+    (place / "llama" / "model.safetensors.index.json").write_text(json.dumps(index))
+    return f"{place}/llama"
+
+
+def a_device(place: Path) -> str:
+    (place / "llama" / "config.json").unlink()
+    (place / "llama" / "config.json").symlink_to("/dev/zero")
+    return f"{place}/llama"
+
+
+def a_device_as_weights(place: Path) -> str:
+    (place / "llama" / MODEL).unlink()
+    (place / "llama" / MODEL).symlink_to("/dev/zero")
+    return f"{place}/llama"
+
+
+def a_large_config(place: Path) -> str:
+    """A hole of 8 GB: no more is read than a configuration may have."""
+    with (place / "llama" / "config.json").open("ab") as file:
+        file.truncate(8 << 30)
+    return f"{place}/llama"
+
+
+def a_loop(place: Path) -> str:
+    (place / "loop").symlink_to(place / "loop")
+    return f"{place}/loop"
 
 
 def a_pipe(place: Path) -> str:
@@ -185,6 +240,12 @@ NOTES: dict[str, Callable[[Path], str]] = {
     "relative": lambda _: "../llama",
     "on another system": lambda _: "C:\\models\\mistral",
     "a link out of its tree": out_of_its_tree,
+    "weights of another directory": weights_of_another_directory,
+    "a device": a_device,
+    "a device as weights": a_device_as_weights,
+    "a large configuration": a_large_config,
+    "a loop of links": a_loop,
+    "descriptors of this process": lambda _: "/proc/self/fd",
     "a pipe": a_pipe,
     "another model": another_size_of_factors,
     "nested without end": deep,
@@ -233,6 +294,105 @@ def test_files_next_to_the_adapter(base: str, file: str, severity: str, place: P
     code, [(said, message)] = judged(place, base, "../outputs/gone")
     assert (code, said) == (0, severity)
     assert severity == "note" or f"({file} of the adapter names one)" in message
+
+
+def test_what_files_next_to_the_adapter_say_stays_a_warning_for_a_release(place: Path) -> None:
+    shutil.copy(place / "llama" / "config.json", place / "a")
+    code, [(severity, _)] = released(place, "qwen2", "../outputs/gone")
+    assert (code, severity) == (0, "warning")
+
+
+PEFT_CARD = """---
+base_model: {named}
+library_name: peft
+tags:
+- base_model:adapter:{named}
+- lora
+---
+# Model Card for Model ID
+"""
+TRL_CARD = """---
+base_model: {named}
+library_name: peft
+model_name: out
+tags:
+- base_model:adapter:{named}
+- generated_from_trainer
+- sft
+- trl
+licence: license
+---
+# Model Card for out
+"""
+AXOLOTL_CARD = """---
+library_name: peft
+license: apache-2.0
+base_model: {named}
+tags:
+- axolotl
+- base_model:adapter:{named}
+model-index:
+- name: outputs/out
+  results: []
+---
+```yaml
+base_model: {named}
+```
+"""
+FACTORY_CARD = """---
+library_name: peft
+license: other
+base_model: {named}
+tags:
+- base_model:adapter:{named}
+- llama-factory
+- lora
+model-index:
+- name: sft
+  results: []
+---
+"""
+UNSLOTH = {
+    "auto_mapping": {
+        "base_model_class": "LlamaForCausalLM",
+        "parent_library": "transformers.models.llama.modeling_llama",
+        "unsloth_fixed": True,
+    }
+}
+WRITERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "peft": (PEFT_CARD, {}),
+    "trl": (TRL_CARD, {}),
+    "axolotl": (AXOLOTL_CARD, {}),
+    "llama-factory": (FACTORY_CARD, {}),
+    "unsloth": (PEFT_CARD, UNSLOTH),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_what_each_trainer_writes(writer: str, place: Path) -> None:
+    """Right adapters have at most a note, whatever the trainer named; a mount that holds another model is a warning."""
+    card, keys = WRITERS[writer]
+    write_config(place / "a", read_config(place / "a") | keys)
+    shutil.copytree(place / "qwen2", place / "model")
+    if writer == "axolotl":
+        shutil.copy(place / "llama" / "config.json", place / "a")
+    copied(place)
+    for named, severities in {
+        "acme/llama": [],
+        CACHE.format("llama"): [],
+        f"{place}/llama": [],
+        f"{place}/copy": ["note"],
+        f"{place}/gone": ["note"],
+        "../outputs/base": ["note"],
+        "/workspace/llama": [],
+        f"{place}/model": ["warning"],
+    }.items():
+        (place / "a" / "README.md").write_text(card.format(named=named))
+        code, found = judged(place, "llama", named)
+        assert (code, [severity for severity, _ in found]) == (0, severities), named
+        code, found = released(place, "llama", named)
+        expected = ["error" if severity == "warning" else severity for severity in severities]
+        assert (code, [severity for severity, _ in found]) == ("error" in expected, expected), named
 
 
 def test_a_verdict_is_not_reused_if_the_directory_changes(place: Path) -> None:

@@ -15,8 +15,7 @@ import json
 import math
 import os
 import re
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +23,8 @@ from typing import Any
 
 from merge_gate._internal.errors import ResolveError
 from merge_gate._internal.regular_file import open_regular_file, read_regular_file
-from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.files.base_files import SAFETENSORS_ENDING, WeightFiles, choose
+from merge_gate.files.fitting_bases import belongs
 from merge_gate.files.headers import DTYPE_BITS, CorruptFileError, parse_file
 from merge_gate.judging.bounds import cut
 from merge_gate.limits.timeout import within
@@ -34,9 +33,9 @@ from merge_gate.records.files import CARD_NAME, AdapterFiles, BaseFiles, NamedBa
 from merge_gate.records.terms import Likeness
 
 _TIMEOUT_S = 20.0
-_MAX_CONFIG_BYTES, _MAX_CARD_BYTES, _MAX_FILES = 10_000_000, 1_000_000, 1_000
+_MAX_CONFIG_BYTES, _MAX_CARD_BYTES = 10_000_000, 1_000_000
+_MAX_FILES, _MAX_TENSORS = 1_000, 500_000
 _CARD_BASE = re.compile(rb"^base_model:[ \t]*[\"']?(/[^\n\"']+?)[\"']?[ \t\r]*$", re.MULTILINE)
-_FACTOR = re.compile(r"\.lora_(embedding_)?([AB])(?:\.weight)?$")
 
 
 def compare(files: AdapterFiles, base: BaseFiles) -> NamedBase | None:
@@ -63,7 +62,7 @@ def _of_directory(named: str, files: AdapterFiles, base: BaseFiles, used: Mappin
         return NamedBase(likeness=Likeness.SAME)
     config = _config(named)
     weights = _weights(named, config) if config is not None else None
-    if config is None or weights is None or not _fits(files.tensors, weights, has_shapes=not _quantization(config)):
+    if config is None or weights is None or not belongs(files.tensors, weights, has_shapes=not _quantization(config)):
         return None
     types = {"named": _type(config), "used": _type(used)}
     if not _types(config) & _types(used):
@@ -143,6 +142,8 @@ def _weights(directory: str, config: Mapping[str, Any]) -> list[StoredTensor] | 
         for name in chosen.files:
             with open_regular_file(Path(directory, name), follow=True) as file:
                 tensors += (replace(tensor, file=name) for tensor in parse_file(file))
+            if len(tensors) > _MAX_TENSORS:
+                return None
     except (ResolveError, CorruptFileError, OSError):
         return None
     return tensors
@@ -152,41 +153,6 @@ def _identities(directory: str, tensors: Sequence[StoredTensor]) -> set[tuple[in
     files = {tensor.file for tensor in tensors}
     states = (os.stat(Path(directory, name)) for name in files)  # noqa: PTH116 (follows links of the base)
     return {(state.st_dev, state.st_ino) for state in states}
-
-
-def _fits(adapter: Sequence[StoredTensor], stored: Sequence[StoredTensor], *, has_shapes: bool) -> bool:
-    """Whether each tensor of the adapter is of a module that is stored, and a factor has the size of its weight.
-
-    Names may lack, or have, up to two first parts: classes with a head put their model into a part.
-    """
-    shapes: dict[str, list[tuple[int, ...]]] = defaultdict(list)
-    for tensor in stored:
-        for tail in _tails(tensor.name.removesuffix(".weight")):
-            shapes[tail].append(tensor.shape)
-    own = [tensor for tensor in adapter if tensor.name.startswith(ADAPTER_PREFIX)]
-    return bool(own) and all(_has_place(tensor, shapes, has_shapes=has_shapes) for tensor in own)
-
-
-def _has_place(tensor: StoredTensor, shapes: Mapping[str, list[tuple[int, ...]]], *, has_shapes: bool) -> bool:
-    name = tensor.name.removeprefix(ADAPTER_PREFIX)
-    parts = name.split(".")
-    paths = (".".join(parts[:end]) for end in range(len(parts), 0, -1))
-    places = next((found for path in paths for tail in _tails(path) if (found := shapes.get(tail))), None)
-    if places is None:
-        return False
-    factor = _FACTOR.search(name)
-    if factor is None or not has_shapes:
-        return True
-    size = tensor.shape[-1 if factor[2] == "A" else 0]
-    return any(size in shape for shape in places)
-
-
-def _tails(name: str) -> Iterator[str]:
-    for _ in range(3):
-        yield name
-        _, dot, name = name.partition(".")
-        if not dot:
-            return
 
 
 def _difference(weights: Sequence[StoredTensor], base: BaseFiles, *, is_class: bool) -> str:

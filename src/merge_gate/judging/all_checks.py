@@ -99,7 +99,8 @@ def _configured(finding: Finding, settings: Mapping[str, CheckSetting]) -> Findi
         return None
     if check.error_limit is not None and finding.severity is Severity.ERROR:
         return finding
-    if setting.severity is Severity.ERROR and finding.severity is Severity.WARNING is not check.severity:
+    is_lesser = finding.is_lesser or finding.severity is not check.severity
+    if setting.severity is Severity.ERROR and finding.severity is Severity.WARNING and is_lesser:
         return finding
     return replace(finding, severity=setting.severity)
 

@@ -164,7 +164,8 @@ class BaseKey:
 class Finding:
     """One fact about an adapter or a base: what, where, got, expected (`message`), and what to do (`hint`).
 
-    `measured` pairs a figure's name and its value (a share, a norm, a limit), for programs.
+    `measured` pairs a figure's name and its value (a share, a norm, a limit), for programs. `is_lesser`: no setting
+    makes it more serious. It is not reported.
     """
 
     check: str = reported("Id of the check.")
@@ -193,6 +194,7 @@ class Finding:
         "The traceback of an unexpected exception, or the end of what a process printed that died; null otherwise.",
         default=None,
     )
+    is_lesser: bool = False
 
 
 class Likeness(StrEnum):

@@ -57,7 +57,7 @@ def unplaced_layers(
         expected, got = next(iter(group.recipe(deltas).values())), layer.get_delta_weight(adapter_name)
         info = torch.finfo(got.dtype)
         room = expected.abs() * info.eps + expected.abs().max() * FLOAT32 + info.tiny * info.eps
-        got = got.cpu().float()
+        got = got.cpu().float()  # a place that overflows shows no order, and the merge is judged for it
         if got.shape != expected.shape or bool((((got - expected).abs() > room) & got.isfinite()).any()):
             raise Refused("factors_displaced", module=module, joined=len(names))
     modules = {name.removeprefix(ADAPTER_PREFIX).partition(".lora_")[0] for name in names}

@@ -12,6 +12,7 @@ the last part of the names counts: `acme/base-1b` and `./models/base-1b` are the
   finding. Values are not compared.
 - A `config.json` next to the adapter, and a path under `base_model` in its README.md, count if their `model_type` is
   another than the base's.
+- Other shapes or sizes, and what files next to the adapter say, stay a warning if the check is an error.
 - If `expect.base` equals the name in adapter_config.json, the check does not compare names.
 - If the base cannot be read, there is no warning.
 - The check also fires if the tensors have the names of another model class than the one for the adapter's `task_type`.
@@ -135,12 +136,14 @@ def _other_directory(other: NamedBase, names: str, label: str, *, is_known: bool
                 f"{names}, a model of the type {other.named!r} ({where}), but the base of this run, {label!r}, is of "
                 f"the type {other.used!r}",
                 f"name the right base; if the directory has changed since the training, list {path}",
+                is_lesser=bool(other.file),
             )
         case Likeness.OTHER_FILES:
             yield base_mismatch.finding(
                 f"{names}, a directory here whose files are not those of {label!r}, the base of this run: "
                 f"{other.difference}",
                 f"name the right base; if both are the same weights, or the directory has changed since, list {path}",
+                is_lesser=True,
             )
         case Likeness.OTHER_SETTINGS | Likeness.ALIKE if not is_known:
             alike = f"differs in its {other.difference}" if other.difference else "has the same shapes"

@@ -144,6 +144,7 @@ class Check:
         *,
         origin: Origin | None = None,
         severity: Severity | None = None,
+        is_lesser: bool = False,
         module: str | None = None,
         tensor: str | None = None,
         stats: TensorStats | None = None,
@@ -156,6 +157,7 @@ class Check:
             hint: what to do about it; may be empty.
             origin: where the cause lies, if not where it mostly does.
             severity: the severity of a lesser case: a warning of a check that is an error.
+            is_lesser: keep a warning a warning if a policy or the configuration makes the check an error.
             module: module of the base.
             tensor: name of the tensor.
             stats: the tensor, if the report needs its counts of NaN and infinities; replaces `tensor`.
@@ -170,6 +172,7 @@ class Check:
             module=module,
             tensor=tensor,
             measured=tuple((name, float(figure)) for name, figure in measured.items() if figure is not None),
+            is_lesser=is_lesser,
         )
         if stats is None:
             return finding
