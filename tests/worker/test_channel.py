@@ -20,7 +20,7 @@ from merge_gate.records.terms import record
 from merge_gate.worker.call_client import CallClient
 from merge_gate.worker.call_service import InvalidCallError, Service
 from merge_gate.worker.channel import FROM_WORKER, LEAST, CallChannel, Channel, limits_of
-from merge_gate.worker.encoding import GarbledError, encoded
+from merge_gate.worker.encoding import GarbledError, decoded, encoded
 from merge_gate.worker.protocol import Answer, Finished, Idle, MergeStarted, Unjudged, refusal_of
 from tests.support.call_ends import Ends, open_files, wait_until
 
@@ -118,6 +118,13 @@ def test_the_values_of_a_message_are_counted_before_they_are_made(line: tuple[Ch
     with pytest.raises(GarbledError, match=r"2,097,15\d values"):
         channel.receive(10.0)
     sender.join()
+
+
+@pytest.mark.parametrize("nested", [b'{"k":' * 900 + b"1" + b"}" * 900, b'{"k":1}'], ids=["deep", "flat"])
+def test_the_keys_of_a_message_are_counted_before_they_are_made(nested: bytes) -> None:
+    data = b"[" + b",".join([nested] * (LEAST.values // 7 // nested.count(b":"))) + b"]"
+    with pytest.raises(GarbledError, match=r"a message of 29\d,\d\d\d keys"):
+        decoded(data, FROM_WORKER, LEAST)
 
 
 def test_a_message_that_comes_byte_by_byte_takes_no_longer_than_asked(line: tuple[Channel, socket.socket]) -> None:

@@ -91,6 +91,9 @@ def decoded(data: bytes, expected: Any, limits: Limits | None = None) -> Any:
         values = sum(map(data.count, (b",", b"[", b"{")))
         if values > limits.values:
             raise GarbledError(f"a message of {values:,} values")
+        keys = data.count(b":")  # a mapping takes ten times the time and memory of a list
+        if keys > limits.values // _VALUES_OF_A_KEY:
+            raise GarbledError(f"a message of {keys:,} keys")
     decoder = _CAREFUL if _LONG in data.translate(_DIGITS) else _DECODER
     try:
         return _read(cases(expected), decoder.decode(data.decode("ascii")))
@@ -102,6 +105,7 @@ def decoded(data: bytes, expected: Any, limits: Limits | None = None) -> Any:
         raise GarbledError(f"{type(error).__name__}: {error}"[:200]) from error
 
 
+_VALUES_OF_A_KEY = 8
 _DIGITS = bytes(ord("0") if chr(byte).isdecimal() and byte < 128 else byte for byte in range(256))  # noqa: PLR2004 - ASCII
 _LONG = b"0" * 20  # the largest number of 64 bits has so many digits
 

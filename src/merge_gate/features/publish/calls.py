@@ -9,7 +9,7 @@ In: calls of the worker, which is not trusted. Out: calls of a `Publisher`, whos
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 from merge_gate.records.files import StoredTensor
@@ -77,37 +77,24 @@ class PublicationService(Service):
 
     def answer(self, call: object, memory: memoryview) -> tuple[int, ...]:  # noqa: ARG002 - it has no bytes
         match call:
-            case PublicationPlanned(task=int(task), tensors=tuple(tensors)):
-                self._refuse_unfit(task, tensors, _is_tensor)
-                return self.publisher.planned(task, tensors)
-            case PublicationWritten(
-                task=int(task),
-                checksums=tuple(checksums),
-                settings=str(),
-                refusal=None | NotJudged(message=str(), hint=str()),
-            ):
-                self._refuse_unfit(task, checksums, _is_checksum)
+            case PublicationPlanned():
+                self._refuse_unfit(call.task, call.tensors)
+                if not all(map(_is_fit, call.tensors)):
+                    raise InvalidCallError
+                return self.publisher.planned(call.task, call.tensors)
+            case PublicationWritten():
+                self._refuse_unfit(call.task, call.checksums)
                 self.publisher.written(call)
                 return ()
         raise InvalidCallError
 
-    def _refuse_unfit(self, task: int, listed: Sequence[object], is_fit: Callable[[object], bool]) -> None:
-        if task not in self._tasks or len(listed) > MOST_TENSORS or not all(map(is_fit, listed)):
+    def _refuse_unfit(self, task: int, listed: Sequence[object]) -> None:
+        if task not in self._tasks or len(listed) > MOST_TENSORS:
             raise InvalidCallError
 
     def end(self) -> None:
         self.publisher.ended()
 
 
-def _is_tensor(value: object) -> bool:
-    match value:
-        case StoredTensor(name=str(), dtype=str(), shape=tuple(shape)):
-            return len(shape) <= MOST_DIMENSIONS and all(type(size) is int and 0 <= size < MOST_SIZE for size in shape)
-    return False
-
-
-def _is_checksum(value: object) -> bool:
-    match value:
-        case (str(), int()):
-            return True
-    return False
+def _is_fit(tensor: StoredTensor) -> bool:
+    return len(tensor.shape) <= MOST_DIMENSIONS and all(0 <= size < MOST_SIZE for size in tensor.shape)
