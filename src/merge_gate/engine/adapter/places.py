@@ -1,7 +1,7 @@
 """What an adapted model holds: the tensors of the adapter, and the places of the model without its layers.
 
-In: a scratch copy with an adapter's layers. Out: `Place`s and tensors, and `Refused` for a place that PEFT's injection
-has changed and that it must not change.
+In: a scratch copy with an adapter's layers. Out: `ModelPlace`s and tensors, and `Refused` for a place that PEFT's
+injection has changed and that it must not change.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FLOAT32 = 2.0**-20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class ModelPlace:
     """A place of the model that PEFT's unloading returns, by its name there, and the tensor that it has now.
 
     `layers` are PEFT's layers around it, with their paths. `is_copy`: the tensor belongs to a copy that was trained
@@ -44,7 +44,7 @@ class Place:
 
 def places_of(
     module: Any, path: str = "", layers: tuple[tuple[str, Any], ...] = (), *, is_copy: bool = False
-) -> Iterator[Place]:
+) -> Iterator[ModelPlace]:
     """The places below a module of a model with an adapter's layers."""
     if isinstance(module, ModulesToSaveWrapper):
         active = module.active_adapters
@@ -59,7 +59,7 @@ def places_of(
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:
                 saved = name not in of_run
-                yield Place(
+                yield ModelPlace(
                     name=path + name, module=module, tensor=tensor, layers=layers, is_copy=is_copy, is_saved=saved
                 )
         for name, child in module._modules.items():
@@ -67,7 +67,7 @@ def places_of(
                 yield from places_of(child, f"{path}{name}.", layers, is_copy=is_copy)
 
 
-def is_of_base(base: Base, place: Place) -> bool:
+def is_of_base(base: Base, place: ModelPlace) -> bool:
     """Whether a place holds the base's own memory for it, and the base's own scales."""
     known = base.tensors.get(base.first_name(place.name))
     if known is None or not shares_storage(known, place.tensor):
@@ -77,7 +77,7 @@ def is_of_base(base: Base, place: Place) -> bool:
     return all(base.memory.name_of(part) is not None for part in with_scales(place.module, place.tensor))
 
 
-def has_bits_of_base(base: Base, place: Place) -> bool:
+def has_bits_of_base(base: Base, place: ModelPlace) -> bool:
     """Whether a place has the base's values for it. Of a longer vocabulary, the common rows count."""
     name = base.first_name(place.name)
     known, tensor = base.tensors.get(name), place.tensor.data
@@ -186,7 +186,7 @@ def _leaves_residual(config: Any) -> bool:
     return str(config.init_lora_weights).lower() != "loftq" and not config.kasa_config
 
 
-def _is_residual(base: Base, place: Place, layer: Any) -> bool:
+def _is_residual(base: Base, place: ModelPlace, layer: Any) -> bool:
     """Whether a weight is the base's, less the product of the layer's first factors, within rounding."""
     name, left = base.first_name(place.name), place.tensor.data
     known = base.tensors.get(name)

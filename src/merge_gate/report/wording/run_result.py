@@ -316,7 +316,10 @@ def _of_compared(report: Report) -> str:
             "with base and adapter."
         )
     if any(finding.check == "applied" for adapter in report.adapters for finding in adapter.findings):
-        return "Its tensors were measured, and a tokenizer was compared if both have one. Compare the settings before quantizing."
+        return (
+            "Its tensors were measured. The tokenizers were compared if both have one. Most settings were not: compare "
+            "them before quantizing."
+        )
     return "Its tensors, settings, and tokenizer were compared with those that base and adapter give."
 
 
