@@ -32,6 +32,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import core_model_loading
@@ -596,3 +597,16 @@ def test_a_write_in_a_run_on_made_up_inputs_fails_the_adapter_alone(bench: Bench
     assert judgement.findings[0].message.startswith("PEFT's forward run writes into")
     assert all(torch.equal(base.tensors[name], values) for name, values in before.items())
     assert gate.judge(bench.adapter(case), directory).evidence.merges == healthy.evidence.merges
+
+
+def test_a_trained_copy_that_the_load_leaves_inactive_is_found(bench: Bench) -> None:
+    case = methods.find("lora-lm-head-saved")
+
+    def change(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                module._active_adapter = []
+
+    assert_passes(judged(bench, case))
+    with peft_changes("load", change):
+        assert_differs(judged(bench, case))

@@ -45,7 +45,10 @@ class TestMergeDiffers(EveryCheck):
             f"a tensor: {fault}": Given(wrong(TensorDifference(tensor="a.weight", fault=fault), IN))
             for fault in ("load", "before", "after", "packed")
         },
-        "the adapter's tensors": Given(wrong(TensorDifference(tensor=MODULE, fault="factors"))),
+        **{
+            f"the adapter's {fault}": Given(wrong(TensorDifference(tensor=MODULE, fault=fault)))
+            for fault in ("factors", "settings")
+        },
         "PEFT merges other bits, and is right": Given(
             evidence(differing=(MODULE,), versions="torch 2.13.0, PEFT 0.21.2")
         ),

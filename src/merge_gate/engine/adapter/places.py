@@ -121,7 +121,7 @@ def settings_of(layer: Any) -> dict[tuple[str, object], object]:
     return {
         (attribute, name): list(value) if isinstance(value, list) else value
         for attribute, held in vars(layer).items()
-        if isinstance(held, dict) and not attribute.startswith("_")
+        if isinstance(held, dict) and not attribute.startswith("_") and attribute != "r"  # AdaLoRA's load prunes it
         for name, value in held.items()
         if isinstance(value, bool | int | float | str | list)
     }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded, has_values
@@ -59,6 +60,13 @@ class Places:
             if not is_left and id(place.tensor) not in of_file and not has_bits_of_base(self._base, place):
                 yield place.name
 
+    def inactive_copies(self) -> Iterator[str]:
+        """The paths of modules whose trained copy PEFT would leave out of its result."""
+        for path, module in self._loaded.model.get_base_model().named_modules():
+            is_wrapper = isinstance(module, ModulesToSaveWrapper) and ADAPTER_NAME in module.modules_to_save
+            if is_wrapper and ADAPTER_NAME not in module.active_adapters:
+                yield path
+
     def has_other_settings(self, layer: Any) -> bool:
         """Whether a layer's strength, trained tokens, or variant is not what the injection has left."""
         inner = (module for module in layer.modules() if isinstance(module, BaseTunerLayer))
@@ -70,8 +78,6 @@ class Places:
         PEFT may put equal values in the place of factors in 16 bits.
         """
         first = self._loaded.injected.first
-        if self.has_other_settings(layer):
-            return True
         if isinstance(layer, AdaLoraLayer) and not layer.lora_E[ADAPTER_NAME].numel():
             return False  # the load leaves nothing of a pruned layer
         for holder, tensor in adapter_tensors(layer):

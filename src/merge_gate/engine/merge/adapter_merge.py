@@ -123,10 +123,10 @@ class AdapterMerge:
             self.planned = plan_blocks(self.base, layers, self.loaded.base_names, self._pending)
         for name in self._places.changed():
             self._differs(name, "load")
+        for path in self._places.inactive_copies():
+            self._differs(path, "not merged")
         for block in self.planned:
-            is_changed = self._places.has_other_factors if self.loaded.is_probed else self._places.has_other_settings
-            if is_changed(block.layer):
-                self._differs(block.path, "factors")
+            self._compare_with_files(block.path, block.layer, factors=self.loaded.is_probed)
             factors = (block.update.lora_a, block.update.lora_b, block.update.magnitude)
             self._places.memory.protect(block.path, *(factor for factor in factors if factor is not None))
         self.not_compared |= self.loaded.unproved
@@ -135,6 +135,13 @@ class AdapterMerge:
                 target.name in self.loaded.injected.unaccounted for target in targets_of(layer, self.loaded.base_names)
             ):
                 self.not_compared[path] = "its initialization changes the weight in a way that nothing proves"
+
+    def _compare_with_files(self, path: str, layer: Any, *, factors: bool = True) -> None:
+        """Compare what a layer's merge starts from. The load has compared the factors, unless PEFT ran since."""
+        if self._places.has_other_settings(layer):
+            self._differs(path, "settings")
+        if factors and self._places.has_other_factors(layer):
+            self._differs(path, "factors")
 
     def can_change(self, in_file: Collection[str]) -> dict[str, Outline]:
         """The base's tensors that the merge can change, and their shapes and dtypes afterwards.
@@ -294,8 +301,7 @@ class AdapterMerge:
     def _made(self, path: str, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> LayerMerge:
         """Steps 1 to 4."""
         targets = targets_of(layer, self.loaded.base_names)
-        if self._places.has_other_factors(layer):
-            self._differs(path, "factors")
+        self._compare_with_files(path, layer)
         for target in targets:
             self._pending.begin(target)
         before, merges = layer.get_base_layer(), list[tuple[TensorMerge, Any]]()
