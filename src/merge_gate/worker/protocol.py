@@ -134,7 +134,7 @@ class Group:
             return asked in {facts.dtype, *(dtype for dtype, _ in facts.dtypes)} or facts.dtype == self.plain_dtype
         stored = {_FLOATS[tensor.dtype] for tensor in self.files.tensors if tensor.dtype in _FLOATS}
         named = {*stored, *self.files.config_dtypes}
-        is_open = self.base.is_quantized or declared is not None or not named
+        is_open = self.base.is_quantized or declared is not None or not stored  # pickled weights have no headers
         return facts.dtype in named | ({*DTYPES, self.plain_dtype} if is_open else {"float32"})
 
     @property
