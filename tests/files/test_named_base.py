@@ -264,7 +264,7 @@ def test_any_other_path_is_a_note(kind: str, place: Path) -> None:
 # --- names of the Hub, and files next to the adapter -----------------------------------------------------------------
 
 
-CACHE = "/root/.cache/huggingface/hub/models--acme--{}/snapshots/0e9e39f249a1"
+CACHE = "/mnt/hf-cache/hub/models--acme--{}/snapshots/0e9e39f249a1"
 
 
 @pytest.mark.parametrize(("named", "severities"), [

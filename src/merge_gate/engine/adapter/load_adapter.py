@@ -529,7 +529,7 @@ def load_weights(
     own: Mapping[str, torch.Tensor],
     expected_keys: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, torch.Tensor], Arrival]:
-    """Load the file by PEFT, and compare the model with the file. Nothing but what the file has is written.
+    """Load the file by PEFT, and compare the model with the file. Only what the file has is written.
 
     Args:
         model: with the adapter's layers in place.

@@ -26,9 +26,10 @@ from merge_gate.engine.tensors.watch import Memory
 
 
 class Places:
-    """The places of the unloaded model before the merge, the adapter's tensors, and the `memory` that must not change.
+    """The places of the unloaded model before the merge, and the `memory` that must not change.
 
-    That is the memory of the base, of the adapter, and of the tensors that the load and merged layers have left.
+    That is the memory of the base, and of the tensors that the load and merged layers have left. The plan of a merge
+    adds the factors of layers that go in blocks.
     `layers` are PEFT's layers on the way to these places, by path.
     """
 
