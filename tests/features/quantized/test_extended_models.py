@@ -79,6 +79,10 @@ def head_of_the_embedding(tensors: Tensors) -> None:
     tensors[HEAD] = tensors[EMBEDDING].clone()
 
 
+def with_doubled_embedding(tensors: Tensors) -> None:
+    tensors[next(name for name in tensors if name.endswith("embed_tokens.weight"))] *= 2
+
+
 def nothing(_tensors: Tensors) -> None:
     pass
 
@@ -101,6 +105,7 @@ CASES = [
     )),
     ("GGUF", "vision", nothing, "not-in-format", ""),
     ("GGUF", "vision", nothing, None, "not-in-format"),
+    ("GGUF", "vision", with_doubled_embedding, "base-changed", "not-in-format"),
 ]  # fmt: skip
 FIRST = {
     name: next(case for case in CASES if case[1] == name and case[3]) for name in ("tokens", "classifier", "untied")
