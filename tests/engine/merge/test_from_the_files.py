@@ -307,6 +307,21 @@ def test_experts_in_another_order_than_in_the_file_are_found(bench: Bench, monke
     assert "in another order" in judgement.findings[0].message
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(
+    ("name", "attribute"), [("lora-linear", "lora_B"), ("lora-linear", "lora_A"), ("loha-linear", "hada_w1_a")]
+)
+def test_rows_in_another_order_than_in_the_file_are_named_so(name, attribute, dtype, bench) -> None:
+    def change(model: nn.Module) -> None:
+        for parameter in factors(model, attribute):
+            parameter.data = parameter.data.roll(1, 0)
+
+    with peft_changes("load", change):
+        judgement = judged(bench, methods.find(name), dtype)
+    assert_differs(judgement)
+    assert "in another order than the file's: rows, halves" in judgement.findings[0].message
+
+
 def test_factors_exchanged_between_two_layers_on_load_are_found(bench: Bench) -> None:
     """The tags, which another load puts in place of values, are exchanged alike."""
 

@@ -58,6 +58,7 @@ class TestMergeDiffers(EveryCheck):
         reason("base_written", tensor=TENSOR, operation="mul_", step="load"),
         reason("place_changed", tensor=TENSOR, step="injection"),
         reason("factors_displaced", module=MODULE, joined=24),
+        reason("factors_displaced", module=MODULE, joined=0),
         reason("combined_wrongly", module=MODULE, method="cat", share=0.7),
         reason("combined_wrongly", module=MODULE, method="linear", share=2.0),
     )

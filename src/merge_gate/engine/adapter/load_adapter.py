@@ -45,6 +45,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import nn
 
+from merge_gate._internal.tensor_names import module_of
 from merge_gate.engine.adapter.conversions import unplaced_layers
 from merge_gate.engine.adapter.inject import (
     Template,
@@ -122,6 +123,9 @@ def compare(
         adapter_name: PEFT's name of the adapter.
         load_tagged: loads other values under the file's names into a new model, and returns its tensors by key.
         expected_keys: `Arrival.expected` of an earlier adapter of the same config and names; no key is empty.
+
+    Raises:
+        Refused: a tensor has the file's values in another order.
     """
     own = own_tensors(model)
     if expected_keys is None:
@@ -135,11 +139,15 @@ def compare(
     matching.match_values()
     matching.match_tags(load_tagged)
     missing = matching.missing(expected)
+    dropped = tuple(name for name in missing if name in file)
+    for name in dropped:
+        if _are_displaced(expected[name][1], file[name]):
+            raise Refused("factors_displaced", module=module_of(name), joined=0)
     unmatched = [name for name in matching.unmatched_names() if name not in missing]
     duplicates = tuple(sorted(name for name in unmatched if matching.is_duplicate(name)))
     return Arrival(
         missing=missing,
-        dropped=tuple(name for name in missing if name in file),
+        dropped=dropped,
         unexpected=tuple(sorted(set(unmatched) - set(duplicates))),
         duplicates=duplicates,
         matched=frozenset(matching.matched_keys),
@@ -290,6 +298,12 @@ def file_name(key: str, adapter_name: str) -> str:
 def has_values(tensor: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether a tensor of the model has the file's values, in the model's dtype."""
     return tensor.shape == value.shape and same_values(tensor.detach(), value.to(tensor.device, tensor.dtype))
+
+
+def _are_displaced(tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a tensor of the model has the file's values at other places: rows or halves are exchanged."""
+    flat = (each.detach().to(tensor.device, tensor.dtype).flatten().sort().values for each in (tensor, value))
+    return tensor.shape == value.shape and not tensor.is_complex() and same_values(*flat)
 
 
 def _is_computed_on_save(name: str, key: str) -> bool:

@@ -59,7 +59,7 @@ CLOSE = 0.9
 def run_adapters(
     base: Base, models: Sequence[Any], tokens: Collection[int] = (), targeted: Sequence[Sequence[str]] = ()
 ) -> list[Forward | Refused]:
-    """Step 1. Run the base, and each of its adapters. Returns why an adapter is refused that writes into another layer.
+    """Step 1. Run the base, and each of its adapters. Returns why an adapter is refused that writes into the base.
 
     Args:
         base: the base, which is loaded or a skeleton.
@@ -81,16 +81,16 @@ def run_adapters(
         known = Forward(inputs=name, why_not=lacking if missing else None)
         return [
             outcome.error
-            if isinstance(outcome.error, Refused) and not _is_own_layer(outcome.error, paths)
+            if isinstance(outcome.error, Refused) and not _is_merged_to_run(outcome.error, paths)
             else _forward(base, _with_coverage(known, outcome.activations.ran, model, paths, inputs), of_base, outcome)
             for outcome, model, paths in zip(seen, models, targeted or [()] * len(models), strict=True)
         ]
     return [failures[-1] for _ in models]
 
 
-def _is_own_layer(refused: Refused, targeted: Sequence[str]) -> bool:
-    """Whether PEFT wanted to write into a layer of the adapter: it merges an attention's bias in each forward."""
-    return str(refused.refusal.fields["tensor"]).startswith(tuple(f"{path}." for path in targeted))
+def _is_merged_to_run(refused: Refused, targeted: Sequence[str]) -> bool:
+    """Whether it is PEFT's LoRA of an attention, which adds a trained bias to the base's in each forward."""
+    return refused.refusal.fields["tensor"] in {f"{path}.out_proj.bias" for path in targeted}
 
 
 def _with_coverage(

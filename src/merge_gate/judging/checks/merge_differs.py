@@ -157,9 +157,15 @@ def place_changed(tensor: str, step: str) -> Finding:
 
 
 def factors_displaced(module: str, joined: float) -> Finding:
+    """`joined`: so many tensors of the file become one; 0 if values of one tensor are exchanged."""
+    why = (
+        "what it adds there is not what the base's class makes of tensors of the same names "
+        f"({counted(int(joined), 'tensor')} of the file were joined)"
+        if joined
+        else "rows, halves, or single values are exchanged"
+    )
     return merge_differs.finding(
-        f"PEFT has put the factors of {module} in another order than the file's: what it adds there is not what the "
-        f"base's class makes of tensors of the same names ({counted(int(joined), 'tensor')} of the file were joined)",
+        f"PEFT has put the factors of {module} in another order than the file's: {why}",
         _BROKEN.format(versions=""),
         module=module,
     )
