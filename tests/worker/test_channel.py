@@ -23,7 +23,7 @@ from merge_gate.worker.call_client import CallClient
 from merge_gate.worker.call_service import InvalidCallError, Service
 from merge_gate.worker.channel import FROM_WORKER, LEAST, MOST, CallChannel, Channel, limits_of
 from merge_gate.worker.encoding import GarbledError, Limits, decoded, encoded
-from merge_gate.worker.protocol import Answer, Finished, Idle, MergeStarted, Unjudged, refusal_of
+from merge_gate.worker.protocol import Answer, Finished, Idle, InProgress, MergeStarted, Unjudged, refusal_of
 from tests.support.call_ends import Ends, open_files, wait_until
 from tests.support.command import environment
 
@@ -50,12 +50,12 @@ def test_messages_come_whole_and_in_order(line: tuple[Channel, socket.socket]) -
 
 def test_half_a_message_is_not_waited_for(line: tuple[Channel, socket.socket]) -> None:
     channel, theirs = line
-    data = encoded(Idle())
+    data = encoded(InProgress(task=1))
     message = struct.pack("!Q", len(data)) + data
     theirs.sendall(message[:20])
     assert channel.receive(0.05) is None
     theirs.sendall(message[20:])
-    assert channel.receive(0.05) == Idle()
+    assert channel.receive(0.05) == InProgress(task=1)
 
 
 class Evil:
@@ -74,7 +74,8 @@ class Evil:
         b"null",
         b"{}",
         b'{"Finished":[]}{"Finished":[]}',
-        b'{"Finished":[],"Idle":[null,"",0.0,0.0]}',
+        b'{"Finished":[],"InProgress":[1,null]}',
+        b'{"Idle":[null,"",0.0,0.0]}',
         b'{"Finished":[1]}',
         b'{"Finished":{}}',
         b'{"NoRecord":[]}',
@@ -226,9 +227,9 @@ def test_the_end_of_the_other_side_is_heard(line: tuple[Channel, socket.socket])
 
 def test_without_a_limit_a_message_is_waited_for(line: tuple[Channel, socket.socket]) -> None:
     channel, theirs = line
-    timer = threading.Timer(0.05, Channel(theirs).send, (Idle(),))
+    timer = threading.Timer(0.05, Channel(theirs).send, (Finished(),))
     timer.start()
-    assert channel.receive(None) == Idle()
+    assert channel.receive(None) == Finished()
     timer.join()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from merge_gate.files.feed import PIECE_BYTES
 from merge_gate.worker.encoding import GarbledError, Limits, decoded, encoded
-from merge_gate.worker.protocol import Answer, Event, Job, PickleListed, PickleNamed
+from merge_gate.worker.protocol import Answer, Job, PickleListed, PickleNamed, Sent
 
 _LENGTH = struct.Struct("!Q")
 _CHUNK_BYTES = 1 << 20
@@ -33,7 +33,7 @@ values. The largest message makes the parent take about 300 MiB, and less than a
 CALL_SHARE = 4
 """A call may take a fourth of that: several come at a time."""
 
-FROM_WORKER = Event | PickleListed
+FROM_WORKER = Sent | PickleListed
 TO_WORKER = Job | PickleNamed
 
 
