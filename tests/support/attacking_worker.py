@@ -284,7 +284,9 @@ def _large(at: Attacker) -> None:
 
 def _large_facts(facts: BaseFacts, limits: Limits) -> BaseFacts:
     """As many figures as a message may have: about 90 bytes and 20 values each, with the lists counted fourfold."""
-    return replace(facts, nonfinite=(STATS,) * min(limits.bytes // 90, limits.values // 20))
+    return replace(
+        facts, nonfinite=(replace(STATS, nan=1, first_index=(0,)),) * min(limits.bytes // 90, limits.values // 20)
+    )
 
 
 _PDEATHSIG = 1
@@ -317,7 +319,7 @@ def _reads_nothing(at: Attacker) -> None:
 
 
 def _large_calls(at: Attacker) -> None:
-    """The largest calls on all channels at a time, and then the largest events."""
+    """The largest calls on all channels at a time, and then the largest event."""
     tensor = StoredTensor(name="w" * 40, dtype="F32", shape=(1, 2, 3))
     call = PublicationPlanned(task=at.task, tensors=(tensor,) * (MOST.values // 4 // 13))
     threads = [threading.Thread(target=channel.send, args=(call,)) for channel in at.calls]
@@ -326,8 +328,7 @@ def _large_calls(at: Attacker) -> None:
     for thread in threads:
         thread.start()
     facts = _large_facts(at.facts, Limits(15 << 20, MOST.values))
-    for _ in range(3):
-        at.send(protocol.BaseMeasured(group=at.group, task=at.task, facts=facts))
+    at.send(protocol.BaseMeasured(group=at.group, task=at.task, facts=facts))
     at.send(Unjudged(task=at.task, refusal=NotJudged(message="x" * (15 << 20))))
 
 
