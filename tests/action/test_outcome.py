@@ -9,14 +9,13 @@ from typing import Any
 import pytest
 
 from merge_gate.action import outcome
-from tests.support.action.step_files import changed, report
+from tests.support.action.step_files import changed, entry_of, report
 from tests.support.wording import Wording
 
 
 def accepted(**changed: object) -> dict:
     """One that failed, and that the baseline accepts."""
-    entry = {"name": "a", "verdict": "failed", "cause": None, "findings": [], "line": 1, "column": 1}
-    entry["accepted"] = {"reason": "known", "owner": "team-a", "until": "2026-12-31"}
+    entry = entry_of("failed") | {"accepted": {"reason": "known", "owner": "team-a", "until": "2026-12-31"}}
     return report("fail") | {"result": "pass", "adapters": [entry], "accepted": 1} | changed
 
 
@@ -103,6 +102,11 @@ ODD: dict[str, Callable[[dict], object]] = {
         made.update(counts=COUNTS, result="pass"),
     ),
     "a cause that is no error": lambda made: made["adapters"][0].update(cause="headroom"),
+    "a failure without a cause": lambda made: made["adapters"][0].update(cause=None),
+    "an error without a cause": lambda made: (
+        made["adapters"][0].update(verdict="error", cause=None, findings=[]),
+        made.update(counts={"passed": 0, "failed": 0, "error": 1}, result="error"),
+    ),
     "an accepted pass": lambda made: (
         made["adapters"][0].update(verdict="passed", cause=None, findings=[], accepted={"reason": "r"}),
         made.update(counts=COUNTS, result="pass"),

@@ -6,9 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from merge_gate.features.publish.calls import PublicationService
+from merge_gate.features.stream.feed_service import FeedService
+from merge_gate.worker.channel import FROM_WORKER
+from merge_gate.worker.encoding import GarbledError, decoded
+from merge_gate.worker.protocol import Event, Idle, PickleListed
 from tests.support.fuzz import targets
 from tests.support.fuzz.targets import TARGETS, OutOfBoundsError, bounded
 from tests.tools import fuzz
@@ -25,6 +31,24 @@ def test_corpus_inputs_never_crash(path: Path) -> None:
 
 def test_every_target_has_a_corpus() -> None:
     assert {path.name for path in CORPUS.iterdir()} == set(TARGETS) == set(fuzz.NAMES)
+
+
+def test_the_corpus_has_every_event_and_every_call() -> None:
+    """And what the parent makes itself, which it refuses from a worker."""
+    kinds = (*get_args(Event), PickleListed, *get_args(targets.CALLS))
+    assert {path.name for path in (CORPUS / "message").iterdir()} == {kind.__name__ for kind in kinds}
+    for kind in kinds:
+        data = (CORPUS / "message" / kind.__name__).read_bytes()
+        if kind is Idle:
+            with pytest.raises(GarbledError):
+                decoded(data, FROM_WORKER)
+        else:
+            assert type(decoded(data, FROM_WORKER | targets.CALLS)) is kind
+
+
+def test_every_call_of_a_feature_is_fuzzed() -> None:
+    services = [PublicationService, FeedService]
+    assert {call for service in services for call in service.calls} == set(get_args(targets.CALLS))
 
 
 @pytest.mark.parametrize("name", fuzz.NAMES)

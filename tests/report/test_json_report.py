@@ -182,6 +182,7 @@ def _forged() -> bytes:
         (_edited("adapters.0.tensors", {"columns": [7], "rows": []}), "tensors.columns[0]"),
         (_edited("adapters.0.tensors", {"columns": ["module"], "rows": [[3]]}), "rows[0].module"),
         (_edited("adapters.0.name", ["\u202e"]), "adapters[0].name"),
+        (_edited("adapters.2.cause", None), "adapters[2] failed and has no cause"),
     ],
 )  # fmt: skip
 def test_what_is_no_report_is_refused_with_its_place(data: bytes, place: str, wording: Wording) -> None:

@@ -251,9 +251,10 @@ def adapters() -> st.SearchStrategy[AdapterReport]:
 def _consistent(made: AdapterReport) -> AdapterReport:
     """An adapter that passed has no errors. The cause of another one is its first error."""
     errors = [finding for finding in made.findings if finding.severity is Severity.ERROR]
-    if made.verdict is Verdict.PASSED:
-        return replace(made, findings=tuple(finding for finding in made.findings if finding not in errors))
-    return with_decision(replace(made, cause=errors[0].check if errors else None))
+    if made.verdict is Verdict.PASSED or not errors:
+        kept = tuple(finding for finding in made.findings if finding not in errors)
+        return replace(made, verdict=Verdict.PASSED, findings=kept)
+    return with_decision(replace(made, cause=errors[0].check))
 
 
 def hostile_reports() -> st.SearchStrategy[Report]:

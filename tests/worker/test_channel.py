@@ -5,6 +5,8 @@ import os
 import pickle
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -19,10 +21,11 @@ from merge_gate.records.refusals import MOST_OF_LOG, NotJudged
 from merge_gate.records.terms import record
 from merge_gate.worker.call_client import CallClient
 from merge_gate.worker.call_service import InvalidCallError, Service
-from merge_gate.worker.channel import FROM_WORKER, LEAST, CallChannel, Channel, limits_of
-from merge_gate.worker.encoding import GarbledError, decoded, encoded
-from merge_gate.worker.protocol import Answer, Finished, Idle, MergeStarted, Unjudged, refusal_of
+from merge_gate.worker.channel import FROM_WORKER, LEAST, MOST, CallChannel, Channel, limits_of
+from merge_gate.worker.encoding import GarbledError, Limits, decoded, encoded
+from merge_gate.worker.protocol import Answer, Finished, Idle, InProgress, MergeStarted, Unjudged, refusal_of
 from tests.support.call_ends import Ends, open_files, wait_until
+from tests.support.command import environment
 
 
 @pytest.fixture
@@ -47,12 +50,12 @@ def test_messages_come_whole_and_in_order(line: tuple[Channel, socket.socket]) -
 
 def test_half_a_message_is_not_waited_for(line: tuple[Channel, socket.socket]) -> None:
     channel, theirs = line
-    data = encoded(Idle())
+    data = encoded(InProgress(task=1))
     message = struct.pack("!Q", len(data)) + data
     theirs.sendall(message[:20])
     assert channel.receive(0.05) is None
     theirs.sendall(message[20:])
-    assert channel.receive(0.05) == Idle()
+    assert channel.receive(0.05) == InProgress(task=1)
 
 
 class Evil:
@@ -71,7 +74,8 @@ class Evil:
         b"null",
         b"{}",
         b'{"Finished":[]}{"Finished":[]}',
-        b'{"Finished":[],"Idle":[null,"",0.0,0.0]}',
+        b'{"Finished":[],"InProgress":[1,null]}',
+        b'{"Idle":[null,"",0.0,0.0]}',
         b'{"Finished":[1]}',
         b'{"Finished":{}}',
         b'{"NoRecord":[]}',
@@ -127,6 +131,75 @@ def test_the_keys_of_a_message_are_counted_before_they_are_made(nested: bytes) -
         decoded(data, FROM_WORKER, LEAST)
 
 
+@pytest.mark.parametrize("nested", [b"[" * 900 + b"]" * 900, b"[]"], ids=["deep", "flat"])
+def test_the_lists_of_a_message_are_counted_before_they_are_made(nested: bytes) -> None:
+    data = b"[" + b",".join([nested] * (LEAST.values // 3 // nested.count(b"["))) + b"]"
+    with pytest.raises(GarbledError, match=r"a message of 69\d,\d\d\d lists"):
+        decoded(data, FROM_WORKER, LEAST)
+
+
+@pytest.mark.parametrize("number", [b"1.5", b"1e9", b"-9E9"])
+def test_the_fractions_of_a_message_are_counted_before_they_are_made(number: bytes) -> None:
+    data = b"[" + b",".join([number] * (LEAST.values // 7)) + b"]"
+    with pytest.raises(GarbledError, match=r"a message of 299,593 fractions"):
+        decoded(data, FROM_WORKER, LEAST)
+
+
+def largest(item: bytes, per: Limits) -> bytes:
+    """As many of these as the limits of the largest message allow. Each one takes so much of them."""
+    return b",".join([item] * min(most // (used or 1) - 100 for used, most in zip(per, MOST, strict=True) if used))
+
+
+FACTS = b'{"BaseFacts":["b",null,"bfloat16","none",[PAIRS],0,[TENSORS],"",[],[],[],null,""]}'
+STATS = b'{"TensorStats":["w","float32",[2,3],6,-0.5,1.25,0,0,0,[0,1],false]}'
+LARGEST = {
+    "one text": b'{"Unjudged":[0,{"NotJudged":["\\ud83d\\ude00' + b"x" * (MOST.bytes - 99) + b'","","runtime",null]}]}',
+    "lists": b"[" + largest(b"[" * 900 + b"]" * 900, Limits(0, 4 * 901)) + b"]",
+    "long numbers": b'{"MergeStarted":["' + b"9" * 20 + b'",[' + largest(b"1" * 15, Limits(16, 1)) + b"]]}",
+    "pairs": b'{"BaseMeasured":[0,0,FACTS,null]}'.replace(
+        b"FACTS", FACTS.replace(b"PAIRS", largest(b'["a",1]', Limits(8, 4))).replace(b"TENSORS", b"")
+    ),
+    "records": b'{"BaseMeasured":[0,0,FACTS,null]}'.replace(
+        b"FACTS", FACTS.replace(b"TENSORS", largest(STATS, Limits(len(STATS) + 1, 20))).replace(b"PAIRS", b"")
+    ),
+    "files": b'{"BaseLoaded":[0,0,FACTS,[FILES],true,0.5]}'.replace(
+        b"FACTS", FACTS.replace(b"TENSORS", b"").replace(b"PAIRS", largest(b'["a",1.2345678901234567]', Limits(24, 16)))
+    ).replace(b"FILES", largest(b'{"FileIdentity":["a",1,2,3,4,5]}', Limits(33, 11))),
+}
+"""The largest messages of each kind."""
+
+PEAK = """if True:
+    import sys, time
+    from pathlib import Path
+    from merge_gate.worker.channel import FROM_WORKER, MOST
+    from merge_gate.worker.encoding import GarbledError, decoded
+
+    def bytes_of(key):
+        return int(Path("/proc/self/status").read_text().split(key, 1)[1].split()[0]) * 1024
+
+    decoded(b'{"Finished":[]}', FROM_WORKER, MOST)
+    data = sys.stdin.buffer.read()
+    before, began_s, made = bytes_of("VmRSS:"), time.process_time(), "made"
+    try:
+        message = decoded(data, FROM_WORKER, MOST)
+    except GarbledError as error:
+        made = "refused"
+        assert " a message of" not in str(error), error
+    print(time.process_time() - began_s, bytes_of("VmHWM:") - before, made)
+"""
+
+
+@pytest.mark.parametrize("kind", LARGEST)
+def test_the_largest_messages_take_a_second_and_a_gibibyte_at_most(kind: str) -> None:
+    """They stay within every limit. The time is that of a slow machine."""
+    assert len(LARGEST[kind]) <= MOST.bytes
+    command = [sys.executable, "-P", "-c", PEAK]
+    done = subprocess.run(command, input=LARGEST[kind], env=environment(), capture_output=True, check=True)
+    taken_s, taken_bytes, _ = done.stdout.split()
+    assert float(taken_s) < 2.0
+    assert int(taken_bytes) < 1 << 30
+
+
 def test_a_message_that_comes_byte_by_byte_takes_no_longer_than_asked(line: tuple[Channel, socket.socket]) -> None:
     channel, theirs = line
     ended = threading.Event()
@@ -154,9 +227,9 @@ def test_the_end_of_the_other_side_is_heard(line: tuple[Channel, socket.socket])
 
 def test_without_a_limit_a_message_is_waited_for(line: tuple[Channel, socket.socket]) -> None:
     channel, theirs = line
-    timer = threading.Timer(0.05, Channel(theirs).send, (Idle(),))
+    timer = threading.Timer(0.05, Channel(theirs).send, (Finished(),))
     timer.start()
-    assert channel.receive(None) == Idle()
+    assert channel.receive(None) == Finished()
     timer.join()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -9,20 +10,25 @@ from typing import Any, get_type_hints
 
 import pytest
 
+from merge_gate.config.load_config import load_config
 from merge_gate.features.publish.calls import PublicationPlanned, PublicationWritten
 from merge_gate.features.stream.parent_feed import BytesRequested, SpansExpected
 from merge_gate.files.base_files import read_base
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import StoredTensor
 from merge_gate.records.measured import BaseFacts, Evidence
+from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey
+from merge_gate.run import flow
+from merge_gate.run.flow import run_gate
 from merge_gate.worker.channel import FROM_WORKER, TO_WORKER
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.encoding import EncodingError, GarbledError, cases, decoded, encoded
-from merge_gate.worker.protocol import Answer, Group, Job, Merged, Task, Unjudged
+from merge_gate.worker.protocol import Answer, Group, Job, Listener, Merged, Task, Unjudged
 from merge_gate.worker.sandbox import SWITCH
+from tests.support.faults import configure, poison
 from tests.support.models import Shelf
 
 CALLS = SpansExpected | BytesRequested | PublicationPlanned | PublicationWritten
@@ -60,6 +66,49 @@ def test_every_event_and_the_job_of_a_run_arrive_as_they_were_sent(adapter, shel
     assert sum(isinstance(event, Merged) for event in events) == 3
     for event in events:
         assert_travels(event, FROM_WORKER)
+
+
+ADAPTERS = {
+    "rounded": ("plain", None), "bias": ("bias-all", None), "rows": ("token-rows", None), "pattern": ("regex", None),
+    "poisoned": ("plain", poison("lora_B")), "lost": ("plain", configure(target_modules=["nowhere"])),
+}  # fmt: skip
+
+
+def test_every_record_of_whole_runs_arrives_as_it_was_sent(
+    shelf: Shelf, tmp_path: Path, monkeypatch, variables
+) -> None:
+    """The job that the run makes, and what an unconfined worker in this process sends of it: passes and failures."""
+    variables[SWITCH] = "off"
+    kinds = Counter[str]()
+
+    def supervise(job: Job, listen: Listener, *_: object) -> None:
+        assert_travels(job, TO_WORKER)
+
+        def send(event: Any) -> None:
+            kinds[type(event).__name__] += 1
+            assert_travels(event, FROM_WORKER)
+            listen(event)
+
+        for event in judge_job(job, send, Sandbox()):
+            send(event)
+
+    monkeypatch.setattr(flow, "supervise", supervise)
+    for name, (adapter, change) in ADAPTERS.items():
+        shutil.copytree(shelf.adapter(adapter), tmp_path / "adapters" / name)
+        if change is not None:
+            change(tmp_path / "adapters" / name)
+    base = {"model": str(shelf.base("llama")), "dtype": ["auto", "float16"]}
+    combination = {
+        "name": "both",
+        "combine": {"method": "linear", "adapters": ["rounded", "pattern"], "weights": [0.5, 0.5]},
+    }
+    config = {"version": 1, "base": base, "forward": "required", "adapters": [{"path": "./adapters/*"}, combination]}
+    (tmp_path / "gate.yml").write_text(json.dumps(config))
+    report = run_gate(load_config(str(tmp_path / "gate.yml")), RunOptions(device="cpu"))
+    verdicts = {one.name: one.verdict.value for one in report.adapters if one.base.dtype == "float16"}
+    assert verdicts["rounded"] == verdicts["bias"] == "passed"
+    assert verdicts["poisoned"] == "failed"
+    assert {"DeviceChosen", "BaseLoading", "BaseLoaded", "MergeStarted", "ForwardRunning", "Merged"} <= kinds.keys()
 
 
 def records_in(kind: Any, seen: set[type]) -> Iterator[type]:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from merge_gate.worker import sandbox
-from merge_gate.worker.device import cpu_name, has_card, why_no_card
+from merge_gate.worker.device import OF_DRIVERS, cpu_name, has_card, why_no_card
 from merge_gate.worker.memory import MemoryGroup, give_back, too_large
 from tests.support.wording import Wording
 
@@ -141,14 +141,17 @@ def test_where_devices_cannot_be_listed_there_may_be_a_card(tmp_path: Path) -> N
     assert has_card(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("state", ["driver", "server", "neither"])
+@pytest.mark.parametrize("state", ["driver", "server", "calls", "off", "none"])
 def test_what_keeps_the_worker_from_a_card_is_named(state: str, tmp_path: Path, wording: Wording) -> None:
-    (tmp_path / "nvidiactl").touch()
+    if state != "none":
+        (tmp_path / "nvidiactl").touch()
     if state != "driver":
-        (tmp_path / "nvidia-uvm").touch()
+        (tmp_path / "nvidia-uvm" if state != "none" else tmp_path / "null").touch()
     pipes = tmp_path / "pipes"
     if state == "server":
         pipes.mkdir()
         (pipes / "control").touch()
-    why = why_no_card({"CUDA_MPS_PIPE_DIRECTORY": str(pipes)}, tmp_path)
+    environ = {"CUDA_MPS_PIPE_DIRECTORY": str(pipes), sandbox.SWITCH: "off" if state == "off" else ""}
+    why = why_no_card(environ, tmp_path)
+    assert set(OF_DRIVERS) <= sandbox._REFUSED.keys()
     wording(why.replace(str(tmp_path), "/dev"))

@@ -406,6 +406,8 @@ SECONDS = [
     ("ioctl", 0x5412, True), ("ioctl", 0x541C, True), ("ioctl", 0x540E, True), ("ioctl", 0x5410, True),
     ("ioctl", 0x8901, True), ("ioctl", 0x8902, True), ("ioctl", 0x5401, False), ("fcntl", 8, True),
     ("fcntl", 15, True), ("fcntl", 2, False),
+    ("ioctl", 0xC020462A, False), ("ioctl", 0x30000001, False), ("ioctl", 37, False),  # nvidia, nvidia-uvm
+    ("ioctl", 0xC0184B01, False), ("ioctl", 0xC0106407, False),  # kfd, dri
 ]  # fmt: skip
 ANSWERS = {
     "read": ALLOWED, "openat": ALLOWED, "connect": REFUSED, "fork": REFUSED, "execve": REFUSED,

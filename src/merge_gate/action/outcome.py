@@ -233,6 +233,8 @@ def _contradictory_verdict(adapter: Mapping[str, Any]) -> str:
     verdict, cause = adapter["verdict"], adapter.get("cause")
     if verdict == "passed" and (errors or cause is not None):
         return f"passed and has {json.dumps(cause or min(errors))[:80]} as an error"
+    if verdict != "passed" and cause is None:
+        return f"has the verdict {json.dumps(verdict)} and no cause"
     if cause is not None and cause not in errors:
         return f"has the cause {json.dumps(cause)[:80]}, which is none of its errors"
     return "is accepted and has not failed" if adapter.get("accepted") and verdict != "failed" else ""

@@ -69,7 +69,7 @@ class BaseSpec:
 
     def key(self, dtype: str = "auto") -> BaseKey:
         """The base in one of its dtypes, as the configuration asks for it."""
-        return BaseKey(model=self.model, revision=self.revision, dtype=dtype, quantization=self.quantization)
+        return BaseKey(model=self.model, revision=self.revision, dtype=dtype, quantization=self.quantization.value)
 
 
 @record

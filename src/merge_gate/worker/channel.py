@@ -18,7 +18,7 @@ from typing import Any
 
 from merge_gate.files.feed import PIECE_BYTES
 from merge_gate.worker.encoding import GarbledError, Limits, decoded, encoded
-from merge_gate.worker.protocol import Answer, Event, Job, PickleListed, PickleNamed
+from merge_gate.worker.protocol import Answer, Job, PickleListed, PickleNamed, Sent
 
 _LENGTH = struct.Struct("!Q")
 _CHUNK_BYTES = 1 << 20
@@ -26,14 +26,14 @@ _CHUNK_BYTES = 1 << 20
 MOST_FILES = 253
 """The kernel's limit (SCM_MAX_FD)."""
 
-LEAST, MOST, OF_A_TENSOR = Limits(16 << 20, 2 << 20), Limits(64 << 20, 4 << 20), Limits(2048, 64)
+LEAST, MOST, BYTES_OF_A_TENSOR = Limits(16 << 20, 2 << 20), Limits(32 << 20, 2 << 20), 2048
 """What a message to the parent may take, by the tensors of a job. The figures of a tensor have about 300 bytes and 30
-values. The largest message makes the parent take about 600 MiB for less than a second."""
+values. The largest message makes the parent take about 300 MiB, and less than a second of the CPU."""
 
 CALL_SHARE = 4
 """A call may take a fourth of that: several come at a time."""
 
-FROM_WORKER = Event | PickleListed
+FROM_WORKER = Sent | PickleListed
 TO_WORKER = Job | PickleNamed
 
 
@@ -43,9 +43,7 @@ def limits_of(job: Job | None) -> Limits:
     for group in job.groups if job is not None else ():
         own = sum(len(file.tensors) for task in group.tasks for file in task.files)
         tensors += len(group.files.tensors) + own
-    return Limits(
-        *(min(least + each * tensors, most) for least, each, most in zip(LEAST, OF_A_TENSOR, MOST, strict=True))
-    )
+    return MOST._replace(bytes=min(LEAST.bytes + BYTES_OF_A_TENSOR * tensors, MOST.bytes))
 
 
 class Channel:

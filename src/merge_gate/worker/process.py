@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker import protocol
 from merge_gate.worker.channel import FROM_WORKER, Channel, limits_of
+from merge_gate.worker.device import OF_DRIVERS
 from merge_gate.worker.encoding import EncodingError, GarbledError, encoded
 from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
 from merge_gate.worker.private_directory import private_directory
@@ -299,7 +300,10 @@ def late(what: str, timeout_s: float) -> NotJudged:
 
 
 _MEMORY = "use a machine (or a limit) with more memory, or gate this adapter alone or in a smaller dtype"
-_GPU = "run `nvidia-smi`, and look for `Xid` in the kernel's log (dmesg); if the GPU is sound, gate with --device cpu"
+_GPU = (
+    "run `nvidia-smi`, and look for `Xid` in the kernel's log (dmesg); if the GPU is sound, the driver may need a call "
+    f"that the sandbox refuses ({', '.join(OF_DRIVERS)}): try MERGE_GATE_SANDBOX=off, or gate with --device cpu"
+)
 _NO_MEMORY = ("failed to map segment", "Cannot allocate memory", "MemoryError", "std::bad_alloc")
 """The last lines of a process that a limit on memory (ulimit -v) ended contain one of these."""
 _KILLED = "find out what sent the signal (a limit of the runner, a canceled job), and run the gate again"

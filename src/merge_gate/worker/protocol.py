@@ -307,7 +307,7 @@ class Idle:
     timeout_s: float = 0.0
 
 
-Event = (
+Sent = (
     DeviceChosen
     | BaseLoading
     | BaseLoaded
@@ -319,8 +319,8 @@ Event = (
     | Merged
     | Unjudged
     | Finished
-    | Idle
 )
+Event = Sent | Idle
 Listener = Callable[[Event], None]
 
 

@@ -2,10 +2,18 @@
 
 import json
 
+FINDING = {"check": "adapter-nonfinite", "severity": "error", "message": "1 NaN", "hint": "", "tensor": None}
+
+
+def entry_of(verdict: str) -> dict:
+    """The adapter of such a report. One that has not passed has a cause."""
+    cause = {} if verdict == "passed" else {"cause": FINDING["check"], "findings": [FINDING]}
+    return {"name": "a", "verdict": verdict, "cause": None, "findings": [], "line": 1, "column": 1, **cause}
+
 
 def report(result: str = "pass", *, complete: bool = True, adapters: int = 1, **changed: object) -> dict:
     verdict = {"pass": "passed", "fail": "failed", "error": "error"}[result]
-    entry = {"name": "a", "verdict": verdict, "cause": None, "findings": [], "line": 1, "column": 1}
+    entry = entry_of(verdict)
     counts = {"passed": 0, "failed": 0, "error": 0, verdict: adapters}
     return {
         "schema_version": "1.0",
@@ -20,10 +28,6 @@ def report(result: str = "pass", *, complete: bool = True, adapters: int = 1, **
 def changed(change) -> dict:
     """A finished report of one failed adapter, changed."""
     made = json.loads(json.dumps(report("fail")))
-    made["adapters"][0]["cause"] = "adapter-nonfinite"
-    made["adapters"][0]["findings"] = [
-        {"check": "adapter-nonfinite", "severity": "error", "message": "1 NaN", "hint": "", "tensor": None}
-    ]
     change(made)
     return made
 

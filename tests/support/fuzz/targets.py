@@ -27,12 +27,18 @@ from merge_gate.features.stream.parent_feed import BytesRequested, SpansExpected
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, parse_file
 from merge_gate.judging import bounds
-from merge_gate.records.files import StoredTensor
+from merge_gate.judging.all_checks import judge_merge, refused
+from merge_gate.records.files import BaseFiles, StoredTensor
+from merge_gate.records.refusals import NotJudged, Refusal
+from merge_gate.records.terms import BaseKey
 from merge_gate.report.formats import json_report, terminal_text
 from merge_gate.report.stored import stored_report
 from merge_gate.report.stored.report_files import FORMATS
+from merge_gate.worker import protocol
 from merge_gate.worker.channel import FROM_WORKER, limits_of
 from merge_gate.worker.encoding import GarbledError, decoded, encoded
+from merge_gate.worker.supervisor import Attempt
+from tests.support.judging import cases
 
 CALLS = PublicationPlanned | PublicationWritten | SpansExpected | BytesRequested
 LONGEST_CPU_S = 1.0
@@ -172,6 +178,40 @@ def message(data: bytes) -> None:
         with contextlib.suppress(GarbledError):
             record = decoded(data, expected, limits_of(None))
             assert repr(decoded(encoded(record), expected)) == repr(record)
+            if expected is FROM_WORKER and not isinstance(record, protocol.PickleListed):
+                _receive(record)
+
+
+_KEYS = [BaseKey(model=name, revision=None, dtype="auto", quantization="none") for name in ("./base", "./other")]
+_JOB = protocol.Job(
+    groups=tuple(
+        protocol.Group(base=key, directory=key.name, files=BaseFiles(directory=key.name), tasks=(task,))
+        for key, task in zip(_KEYS, (protocol.Task(index=index, files=()) for index in (0, 1)), strict=True)
+    )
+)
+
+
+def _receive(event: protocol.Event) -> None:
+    """An event while the first of two bases is in progress. It ends no task of the other one, and is judged in time."""
+    heard: list[protocol.Event] = []
+    attempt = Attempt(_JOB, heard.append)
+    for before in (protocol.BaseLoading(group=0), protocol.MergeStarted(task=0)):
+        attempt.receive(before)
+    attempt.receive(event)
+    for ended in heard:
+        if isinstance(ended, protocol.Merged | protocol.Unjudged):
+            assert ended.task == 0
+            with contextlib.suppress(Exception):  # of values that make no sense: the adapter is `error` (run/flow.py)
+                _judge(ended)
+    rest = attempt.remaining_job(NotJudged(message="it died"), set())
+    assert [task.index for task in rest.groups[1].tasks] == [1]
+
+
+def _judge(event: protocol.Merged | protocol.Unjudged) -> None:
+    if isinstance(event, protocol.Merged):
+        judge_merge(cases.spec(), cases.files(), event.evidence)
+    elif isinstance(event.refusal, Refusal):
+        refused(event.refusal)
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {

@@ -216,7 +216,7 @@ class Verification(Feature):
                 consumer = ConsumerSpec(feature="verify", settings=(merged, settings if task.index == 0 else None))
                 tasks.append(replace(task, turn=ALONE, consumers=(*task.consumers, _NO_MODEL, consumer)))
             yield replace(group, tasks=tuple(tasks))
-        key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE)
+        key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE.value)
         yield Group(base=key, directory=merged.directory, files=files, fed=True, tasks=())
 
     def received(self, event: Event) -> None:

@@ -110,6 +110,8 @@ def _refuse_contradictions(report: Report) -> None:
             problem = "passed and has a cause"
         elif adapter.verdict is Verdict.PASSED and errors:
             problem = f"passed and has an error ({one_line(min(errors), 80)})"
+        elif adapter.verdict is not Verdict.PASSED and adapter.cause is None:
+            problem = f"{adapter.verdict} and has no cause"
         elif adapter.cause is not None and adapter.cause not in errors:
             problem = f"its cause is {one_line(adapter.cause, 80)}, which is none of its errors"
         elif adapter.accepted and adapter.verdict is not Verdict.FAILED:
