@@ -5,7 +5,9 @@
 | injection or load change a place of the model | by the account of places |
 | they write into the memory of the base | before the write, by the watch |
 | the adapter's tensors change between load and merge | by their values, right before the merge |
-| the strength, tokens, or variant of a layer change on load | by what the injection made of the configuration |
+| the strength, tokens, or variant of a layer are not those of the configuration | by the configuration |
+| they change on load, or an adapter is not active | by what the injection made of the configuration |
+| a layer changes its factors when the proof runs it | by their values, after that |
 | factors of two layers exchanged on load | by their names |
 | experts in another order than in the file | by the conversions of the base's own class |
 | what PiSSA and OLoRA leave of a weight | by the product of their first factors |
@@ -26,7 +28,7 @@ import pytest
 import torch
 from peft import LNTuningConfig, LoHaConfig, LoraConfig, get_peft_model
 from peft.peft_model import PeftModel
-from peft.tuners import hira, lora, vera
+from peft.tuners import hira, loha, lora, vera
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
@@ -364,6 +366,79 @@ def test_another_strength_or_token_than_the_configuration_gives_is_found(name: s
     assert_passes(judged(bench, methods.find(name)))
 
 
+OF_CONFIGURATION: dict[str, Change] = {
+    name: set_otherwise("scaling", lambda scaling: 1.3 * scaling)
+    for name in ("lora-linear", "lora-rslora", "lora-patterns", "lora-experts", "lora-mha", "loha-linear")
+} | {"lora-tokens": set_otherwise("token_indices", lambda tokens: tokens[::-1])}
+
+
+@pytest.mark.parametrize("name", OF_CONFIGURATION)
+def test_another_strength_or_token_that_the_injection_makes_is_found(name: str, bench: Bench) -> None:
+    assert_passes(judged(bench, methods.find(name)))
+    with peft_changes("injection", OF_CONFIGURATION[name]):
+        assert_differs(judged(bench, methods.find(name)))
+
+
+def without_variant(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):
+            layer.lora_variant.clear()
+
+
+@pytest.mark.parametrize("step", ["injection", "load"])
+def test_a_dora_that_peft_makes_a_lora_is_found(step: str, bench: Bench) -> None:
+    assert_passes(judged(bench, methods.find("lora-dora")))
+    with peft_changes(step, without_variant):
+        assert_differs(judged(bench, methods.find("lora-dora")))
+
+
+@pytest.mark.parametrize("step", ["injection", "load"])
+@pytest.mark.parametrize("method", PROVED)
+def test_a_layer_whose_adapter_is_inactive_is_found(method: str, step: str, bench: Bench) -> None:
+    def change(model: nn.Module) -> None:
+        first = next(layer for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+        first._active_adapter = []
+
+    assert_passes(judged(bench, PROVED[method]))
+    with peft_changes(step, change):
+        assert_differs(judged(bench, PROVED[method]))
+
+
+@pytest.mark.parametrize("way", ["in place", "as a new tensor"])
+@pytest.mark.parametrize("name", ["lora-conv2d", "loha-linear"])
+def test_a_layer_that_changes_its_factors_when_it_runs_is_found(name, way, bench, monkeypatch) -> None:
+    """The proof runs the layer before PEFT merges it."""
+    kind, attribute = {"lora-conv2d": (lora.layer.Conv2d, "lora_B"), "loha-linear": (loha.layer.Linear, "hada_w1_a")}[
+        name
+    ]
+    forward = kind.forward
+
+    def changing(layer: Any, *given: Any, **named: Any) -> Any:
+        for held in getattr(layer, attribute).values():
+            factor = held.weight if isinstance(held, nn.Module) else held
+            if way == "in place":
+                factor.data.mul_(1.1)
+            else:
+                factor.data = factor.data * 1.1
+        return forward(layer, *given, **named)
+
+    assert_passes(judged(bench, methods.find(name)))
+    monkeypatch.setattr(kind, "forward", changing)
+    assert_differs(judged(bench, methods.find(name)))
+
+
+@pytest.mark.parametrize("step", ["injection", "load"])
+def test_scales_of_another_weight_in_4_bits_are_found(step: str, bench: Bench) -> None:
+    """The scales of both are in the memory of the base."""
+
+    def change(model: nn.Module) -> None:
+        for q, v in zip(parameters(model, "q_proj.weight"), parameters(model, "v_proj.weight"), strict=True):
+            q.quant_state, v.quant_state = v.quant_state, q.quant_state  # type: ignore[attr-defined]
+
+    with peft_changes(step, change):
+        assert_differs(judged(bench, PROVED["lora"], "bfloat16", Quantization.BNB_4BIT))
+
+
 @pytest.mark.parametrize("factor", [1e-4, 1e-7, 1e4])
 def test_experts_with_deltas_at_the_ends_of_float16_are_in_their_places(factor: float, bench: Bench) -> None:
     """Their product is rounded to steps of 6e-8, or becomes infinite."""
@@ -390,6 +465,18 @@ def test_what_is_left_of_a_weight_is_compared(name: str, dtype: str, bench: Benc
 
     monkeypatch.setattr(LoraLayer, f"{name}_init", wrong)
     assert_differs(judged(bench, case, dtype))
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora"])
+@pytest.mark.parametrize(
+    ("targets", "cause"), [(["lm_head"], "tied-weights"), (["lm_head", "embed_tokens"], "not-mergeable")]
+)
+def test_what_is_left_of_a_tied_weight_is_its_place_too(name, targets, cause, bench: Bench) -> None:
+    """The embedding, which has no layer of its own, has the same tensor."""
+    case = methods.make_case(
+        f"tied-{name}-{len(targets)}", "llama-tied", "LoraConfig", r=2, target_modules=targets, init_lora_weights=name
+    )
+    assert judged(bench, case).cause == cause
 
 
 def test_a_rewritten_weight_without_an_identity_is_named(bench: Bench) -> None:
@@ -548,6 +635,15 @@ def test_a_combination_with_other_weights_is_found(method: str, way: str, bench:
     assert_differs(bench.gate.combine(members, base, combine))
 
 
+@pytest.mark.parametrize("method", ["cat", "linear"])
+def test_a_combination_of_members_with_another_strength_is_found(method: str, bench: Bench) -> None:
+    members = tuple(bench.adapter(dataclasses.replace(PROVED["lora"], name=f"member-{number}")) for number in (0, 1))
+    base = bench.base_directory(PROVED["lora"].base, "float32")
+    combine = Combine(method=method, adapters=("one", "two"), weights=(0.7, 0.2))
+    with peft_changes("load", set_otherwise("scaling", lambda scaling: 1.3 * scaling)):
+        assert_differs(bench.gate.combine(members, base, combine))
+
+
 def scaled_members(bench: Bench, factor: float) -> tuple[Path, ...]:
     members = []
     for number in (0, 1):
@@ -612,6 +708,23 @@ def test_a_write_in_a_run_on_made_up_inputs_fails_the_adapter_alone(bench: Bench
     assert judgement.findings[0].message.startswith("PEFT's forward run writes into")
     assert all(torch.equal(base.tensors[name], values) for name, values in before.items())
     assert gate.judge(bench.adapter(case), directory).evidence.merges == healthy.evidence.merges
+
+
+@pytest.mark.parametrize("way", ["in place", "as a new tensor"])
+def test_factors_that_change_in_a_run_on_made_up_inputs_are_found(way: str, bench: Bench, monkeypatch) -> None:
+    """Layers that go in blocks are merged from the factors that the run has left."""
+    case, gate, forward, calls = methods.find("lora-linear"), Gate(), lora.layer.Linear.forward, iter([True])
+    directory = bench.base_directory(case.base, "float16")
+
+    def changing(layer: Any, *given: Any, **named: Any) -> Any:
+        factor = layer.lora_B["default"].weight
+        if next(calls, False):
+            factor.data = factor.data.mul_(1.1) if way == "in place" else factor.data * 1.1
+        return forward(layer, *given, **named)
+
+    monkeypatch.setattr(lora.layer.Linear, "forward", changing)
+    assert_differs(gate.judge(bench.adapter(case), directory))
+    assert_passes(gate.judge(bench.adapter(case), directory))
 
 
 def test_a_trained_copy_that_the_load_leaves_inactive_is_found(bench: Bench) -> None:

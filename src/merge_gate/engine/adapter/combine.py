@@ -19,7 +19,7 @@ from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.inject import base_slots, base_tensors_in_file, fit_vocabulary, inject, targeted_modules
 from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Arrival, Loaded, Tensors, factors_of, load_weights
 from merge_gate.engine.adapter.peft_config import initialization_writes_to_base, read_config
-from merge_gate.engine.adapter.places import Injected, accounted, all_settings, snapshot_of
+from merge_gate.engine.adapter.places import Injected, accounted, all_settings, snapshot_of, strength_of
 from merge_gate.engine.base.loaded_base import Base, caught
 from merge_gate.engine.tensors.measure import same_values
 from merge_gate.engine.tensors.placement import raise_if_of_the_run
@@ -49,7 +49,7 @@ def combined(base: Base, members: tuple[AdapterFiles, ...], weights: tuple[Tenso
         if model is None:
             with Watch(base.memory, "injection"):
                 model = inject(scratch, config, base, name)
-            injected = accounted(model, base, config, blank=True)
+            injected = accounted(model, base, config, name, blank=True)
         else:
             try:
                 with Watch(base.memory, "injection"):
@@ -210,7 +210,7 @@ def _unproved(
 ) -> dict[str, str]:
     """Compare the factors of the combination with the members' files. Returns layers that are not compared, and why.
 
-    With the weight wᵢ, the scaling sᵢ, and the factors Aᵢ and Bᵢ of each member that has the module,
+    With the weight wᵢ, and sᵢ, Aᵢ, and Bᵢ of the configuration and the file of each member that has the module,
 
     - `cat` is Σ wᵢ sᵢ Bᵢ Aᵢ,
     - `linear` is (Σ √|wᵢ sᵢ| Bᵢ) (Σ sign(wᵢ sᵢ) √|wᵢ sᵢ| Aᵢ), as PEFT defines it (tuners/lora/model.py).
@@ -223,7 +223,8 @@ def _unproved(
         for arrival, file in zip(arrivals, weights, strict=True)
     ]
     unproved: dict[str, str] = {}
-    for path, layer in model.get_base_model().named_modules():
+    named = dict(model.get_base_model().named_modules())
+    for path, layer in named.items():
         if not isinstance(layer, LoraLayer) or ADAPTER_NAME not in layer.scaling:
             continue
         combined, is_exact = factors_of(layer), combine.method in ("cat", "linear")
@@ -234,7 +235,9 @@ def _unproved(
                 else f"PEFT alone vouches for a combination by {combine.method}"
             )
             continue
-        members = list(_members(f"{ADAPTER_PREFIX}{path}", layer, names, files, combine.weights))
+        strengths = [strength_of(named, path, model.peft_config[name]) or 0.0 for name in names]
+        products = [weight * strength for weight, strength in zip(combine.weights, strengths, strict=True)]
+        members = list(_members(f"{ADAPTER_PREFIX}{path}", names, files, products))
         a, b = (factor.flatten(1).double() for factor in combined)
         probes = torch.randn(a.shape[1], PROBES, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         got = float(layer.scaling[ADAPTER_NAME]) * (b @ (a @ probes))
@@ -268,11 +271,11 @@ def _linear(members: Sequence[Member], probes: torch.Tensor) -> tuple[torch.Tens
 
 
 def _members(
-    path: str, layer: Any, names: Sequence[str], files: Sequence[Mapping[str, torch.Tensor]], weights: Sequence[float]
+    path: str, names: Sequence[str], files: Sequence[Mapping[str, torch.Tensor]], products: Sequence[float]
 ) -> Iterator[Member]:
-    """Each member that has this layer, from its file."""
-    for name, file, weight in zip(names, files, weights, strict=True):
+    """Each member that has this layer, from its file. `products` are the wᵢ sᵢ."""
+    for name, file, product in zip(names, files, products, strict=True):
         for ends in (("lora_A.{}.weight", "lora_B.{}.weight"), ("lora_embedding_A.{}", "lora_embedding_B.{}")):
             a, b = (file.get(f"{path}.{end.format(name)}") for end in ends)
             if a is not None and b is not None:
-                yield weight * float(layer.scaling[name]), a.flatten(1).double(), b.flatten(1).double()
+                yield product, a.flatten(1).double(), b.flatten(1).double()

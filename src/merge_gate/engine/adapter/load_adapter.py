@@ -343,7 +343,8 @@ class Loaded:
     is false if an adapter of the same config and names was merged on this scratch copy before. `initial_factors` has
     what PEFT subtracts from the base before it loads, by the id of a layer: the first factors of PiSSA and OLoRA, or
     FRoD's `frod_lambda_l`. `mapped` has the ids of the factors that are views of the file (private_copies.py).
-    `injected` is what the injection has left. `is_probed`: PEFT has merged a layer on trial since the load (probes.py).
+    `injected` is what the injection has left. `is_probed`: PEFT has merged a layer on trial since the load (probes.py),
+    or has run the model.
     `unproved` are layers whose factors nothing shows to be right, and why.
     """
 
@@ -503,7 +504,7 @@ def _make_template(base: Base, files: AdapterFiles, *, blank: bool = False, fill
         base_names=base_names,
         tied_modules=tied_modules,
         children=snapshot(model),
-        injected=accounted(model, base, config, blank=blank),
+        injected=accounted(model, base, config, ADAPTER_NAME, blank=blank),
     )
 
 

@@ -6,16 +6,21 @@ injection has changed and that it must not change.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import MultiheadAttention
+from peft.tuners.lycoris_utils import LycorisLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper, get_pattern_key
 from torch import nn
 
+from merge_gate._internal.tensor_names import ADAPTER_PREFIX
 from merge_gate.engine.adapter.peft_config import initialization_writes_to_base
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.tensors.measure import same_bits, shares_storage
@@ -74,7 +79,8 @@ def is_of_base(base: Base, place: ModelPlace) -> bool:
         return False
     if not is_quantized(place.tensor):
         return True
-    return all(base.memory.name_of(part) is not None for part in with_scales(place.module, place.tensor))
+    name = base.first_name(place.name)
+    return all(base.memory.name_of(part) == name for part in with_scales(place.module, place.tensor))
 
 
 def has_bits_of_base(base: Base, place: ModelPlace) -> bool:
@@ -117,20 +123,67 @@ def _own_modules(module: Any) -> Iterator[nn.Module]:
 
 
 def settings_of(layer: Any) -> dict[tuple[str, object], object]:
-    """What a tuner layer holds for each adapter besides tensors: strengths, trained tokens, variants."""
-    return {
-        (attribute, name): list(value) if isinstance(value, list) else value
-        for attribute, held in vars(layer).items()
-        if isinstance(held, dict) and not attribute.startswith("_") and attribute != "r"  # AdaLoRA's load prunes it
-        for name, value in held.items()
-        if isinstance(value, bool | int | float | str | list)
+    """What a tuner layer holds for each adapter besides tensors: strengths, trained tokens, the class of a variant.
+
+    And which adapters are active.
+    """
+    settings: dict[tuple[str, object], object] = {
+        ("active", None): [] if layer.disable_adapters else list(layer.active_adapters)
     }
+    for attribute, held in vars(layer).items():
+        if isinstance(held, dict) and not attribute.startswith("_") and attribute != "r":  # AdaLoRA's load prunes it
+            for name, value in held.items():
+                if isinstance(value, bool | int | float | str | list):
+                    settings[attribute, name] = list(value) if isinstance(value, list) else value
+                elif attribute == "lora_variant":
+                    settings[attribute, name] = type(value)
+    return settings
 
 
 def all_settings(model: Any) -> dict[str, Mapping[tuple[str, object], object]]:
     """`settings_of` each layer of a model, by path."""
     named = model.named_modules()
     return {path: settings_of(module) for path, module in named if isinstance(module, BaseTunerLayer)}
+
+
+def named_settings(model: Any, config: Any, adapter_name: str) -> dict[str, Mapping[tuple[str, object], object]]:
+    """`all_settings`, except for what the configuration says: the strength, the trained tokens, and that it is DoRA."""
+    settings, named = all_settings(model), dict(model.named_modules())
+    for path, of_layer in settings.items():
+        expected: dict[tuple[str, object], object] = {("active", None): [adapter_name]}
+        strength, tokens = strength_of(named, path, config), of_layer.get(("token_indices", adapter_name))
+        if strength is not None:
+            expected["scaling", adapter_name] = strength
+        if tokens is not None and tokens not in (lists := _token_lists(config)):
+            expected["token_indices", adapter_name] = lists
+        if isinstance(named[path], LoraLayer) and getattr(config, "use_dora", False):
+            expected["lora_variant", adapter_name] = of_layer.get(("lora_variant", adapter_name))
+        settings[path] = {**of_layer, **expected}
+    return settings
+
+
+def strength_of(named: Mapping[str, Any], path: str, config: Any) -> float | None:
+    """The factor of a layer's delta by the configuration. None for other methods than LoRA, LoHa, and LoKr.
+
+    PEFT's patterns (tuners/lora/model.py) match the module's path without PEFT's layers, or the path of its parameter.
+    """
+    layer = named[path]
+    if isinstance(layer, AdaLoraLayer) or not isinstance(layer, LoraLayer | LycorisLayer):
+        return None
+    outer = path.removesuffix(".base_layer.out_proj")
+    key = outer if isinstance(named.get(outer), MultiheadAttention) else path  # its inner layer has its strength
+    key = key.removeprefix(ADAPTER_PREFIX).replace(".base_layer", "")
+    if parameter := getattr(layer, "parameter_name", None):
+        key = f"{key}.{parameter}"
+    alpha = config.alpha if isinstance(layer, LycorisLayer) else config.lora_alpha
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, key), alpha)
+    rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, key), config.r)
+    return float(alpha / (math.sqrt(rank) if getattr(config, "use_rslora", False) else rank))
+
+
+def _token_lists(config: Any) -> list[list[int]]:
+    given = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None) or []
+    return [list(tokens) for tokens in given.values()] if isinstance(given, dict) else [list(given)]
 
 
 def snapshot_of(model: Any) -> dict[Holder, torch.Tensor]:
@@ -148,7 +201,7 @@ class Injected:
 
     `own` are a longer vocabulary, and weights that the method changes by definition. `unaccounted` names those of them
     of which nothing says what they have to be. `first` has copies of the adapter's tensors; None if they are blank.
-    `settings` has what the layers hold besides (`all_settings`).
+    `settings` has what the layers have to hold besides (`named_settings`).
     """
 
     own: Mapping[str, torch.Tensor]
@@ -157,7 +210,7 @@ class Injected:
     settings: Mapping[str, Mapping[tuple[str, object], object]] = field(default_factory=dict)
 
 
-def accounted(model: Any, base: Base, config: Any, *, blank: bool) -> Injected:
+def accounted(model: Any, base: Base, config: Any, adapter_name: str, *, blank: bool) -> Injected:
     """Compare each place of a model with the base, right after the injection.
 
     PiSSA, OLoRA, and CorDA leave the weight less the product of their first factors. LoftQ, KaSA, and a weight that was
@@ -168,18 +221,25 @@ def accounted(model: Any, base: Base, config: Any, *, blank: bool) -> Injected:
     """
     own, unaccounted = dict[str, torch.Tensor](), set[str]()
     rewrites = initialization_writes_to_base(config) or bool(getattr(config, "kasa_config", None))
-    for place in places_of(model.get_base_model()):
+    places = list(places_of(model.get_base_model()))
+    layers = dict[int, list[Any]]()  # a tied weight is rewritten in all of its places
+    for place in places if rewrites else ():
+        layer = next((layer for _, layer in place.layers if isinstance(layer, LoraLayer)), None)
+        layers.setdefault(id(place.tensor), []).extend([] if layer is None else [layer])
+    for place in places:
         if base.first_name(place.name) not in base.tensors or place.is_copy or is_of_base(base, place):
             continue
         own[place.name] = place.tensor.data
-        layer = next((layer for _, layer in place.layers if isinstance(layer, LoraLayer)), None)
-        is_rewritten = rewrites and layer is not None and place.name.endswith(".weight")
-        if is_rewritten and (is_quantized(place.tensor) or not _leaves_residual(config)):
+        rewriting = layers.get(id(place.tensor), []) if place.name.endswith(".weight") else []
+        if rewriting and (is_quantized(place.tensor) or not _leaves_residual(config)):
             unaccounted.add(place.name)
-        elif not has_bits_of_base(base, place) and not (is_rewritten and _is_residual(base, place, layer)):
-            raise Refused("place_changed", tensor=place.name, step="injection")
+        elif not has_bits_of_base(base, place) and not any(_is_residual(base, place, layer) for layer in rewriting):
+            if len(rewriting) < 2:  # noqa: PLR2004 - two of them leave the weight less two products
+                raise Refused("place_changed", tensor=place.name, step="injection")
+            unaccounted.add(place.name)
     first = None if blank else snapshot_of(model)
-    return Injected(own=own, unaccounted=frozenset(unaccounted), first=first, settings=all_settings(model))
+    settings = named_settings(model, config, adapter_name)
+    return Injected(own=own, unaccounted=frozenset(unaccounted), first=first, settings=settings)
 
 
 def _leaves_residual(config: Any) -> bool:

@@ -225,6 +225,8 @@ class AdapterMerge:
             Refused: PEFT cannot merge this adapter; the fact quotes PEFT.
             CannotJudge: a measurement failed, which says nothing about the adapter.
         """
+        for block in self.planned if self.loaded.is_probed else ():
+            self._compare_with_files(block.path, block.layer)
         watch = Watch(self._places.memory, "merge")
         for path, layer in self.layers:
             layer.merge = self._wrapped(path, layer, layer.merge, watch)
@@ -301,7 +303,6 @@ class AdapterMerge:
     def _made(self, path: str, layer: Any, by_peft: Callable[..., None], *, keep_marks: bool = True) -> LayerMerge:
         """Steps 1 to 4."""
         targets = targets_of(layer, self.loaded.base_names)
-        self._compare_with_files(path, layer)
         for target in targets:
             self._pending.begin(target)
         before, merges = layer.get_base_layer(), list[tuple[TensorMerge, Any]]()
@@ -311,6 +312,7 @@ class AdapterMerge:
                 self.base.check_earlier_figures(target.name)
             share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
             drawn, before_merge = random_states(), self._unmerged(layer, targets)
+            self._compare_with_files(path, layer)  # not before: the layer has run
             made = _Made(safe_merge=self.safe_merge, before=before_merge, packed=packed, drawn=drawn)
             trained = {id(tensor): name for name, tensor in own_tensors(layer).items()}
             is_safe = self._tried(by_peft, made)  # 2.

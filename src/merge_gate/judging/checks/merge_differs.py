@@ -102,7 +102,7 @@ _FAULTS: Mapping[str, str] = MappingProxyType(
     {
         "load": "PEFT's load of the adapter has changed this place, for which the adapter's file has nothing",
         "factors": "before the merge, the adapter's tensors in this layer are not those of its file",
-        "settings": "before the merge, its strength, tokens, or another setting are not what PEFT's injection gave it",
+        "settings": "before the merge, its strength, tokens, or another setting are not those of its configuration",
         "before": "PEFT replaced it before its layer was merged",
         "in": "PEFT's merge in the final dtype is not its merge in float32, within rounding",
         "after": "it is not the tensor that the base, the adapter's file, or the merge of its layer has for this place",
