@@ -404,7 +404,7 @@ def test_a_verdict_is_not_reused_if_the_directory_changes(place: Path) -> None:
 
 
 def test_digests_of_earlier_runs_show_that_a_copy_is_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both were bases of runs with this cache. A write into the copy brings the note back, and nothing else is hashed."""
+    """Both were bases of runs with this cache. A write into the copy brings the note back."""
     monkeypatch.setattr("merge_gate.features.cache.remembered.SETTLED_NS", 0)
     copy = copied(place)
     classifier(copied(place, "other"))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.companion_names import Companion, companion_kind, is_carried, is_harmless
 from merge_gate._internal.errors import GateError, ResolveError
-from merge_gate._internal.text import counted, listing, quoted
+from merge_gate._internal.text import counted, foreign, listing, quoted
 from merge_gate.files import base_files, named_base
 from merge_gate.files.headers import PickleReader, shown
 from merge_gate.files.preflight import preflight
@@ -64,7 +64,7 @@ class Fetching:
         code_files: whether the files that a model may copy from its base, such as code, are fetched too.
         reads_values: whether the values of adapters are searched for NaN and Inf.
         is_plan: whether weights that are not in the Hub's cache stay where they are, with their headers.
-        known_digests: the digests of the weight files in a directory, if an earlier run hashed these; it reads no weights.
+        known_digests: the digests of the weight files in a directory, if an earlier run hashed them.
     """
 
     notify: Callable[[str], None] = lambda _: None
@@ -243,7 +243,7 @@ class Inputs:
                     hint="check the network file system that holds the base, then run again",
                 )
             return ResolveError(
-                f"the base {label[:80]!r} cannot be resolved: {type(error).__name__}",
+                f"the base {foreign(label)} cannot be resolved: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
             )
 
