@@ -340,8 +340,7 @@ def test_an_example_is_a_message_of_the_gate(check: str, judged: Judged) -> None
     }
     (nearest,) = difflib.get_close_matches(shorn(example), messages, 1, 0)
     if os.environ.get("UPDATE_GOLDENS") and nearest != shorn(example):
-        module = PACKAGE / "judging" / "checks" / f"{check.replace('-', '_')}.py"
-        page = module if check in CHECKS else CHECK_PAGES[check]
+        page = next(PACKAGE.rglob(f"checks/{check.replace('-', '_')}.py")) if check in CHECKS else CHECK_PAGES[check]
         text = page.read_text(encoding="utf-8")
         page.write_text(
             text.replace(example, DIRECTORY.sub(r"./models/\2", messages[nearest]) + "\n"), encoding="utf-8"

@@ -96,6 +96,8 @@ CASES: dict[str, tuple[str, Callable[[Path], Any], int, str]] = {
     "a trained head": ("modules-to-save", poisoned("lm_head"), 1, "error"),
     "an expression": ("plain", with_regex, 0, "warning"),
     "a module that is no target": ("plain", stray, 0, "warning"),
+    "modules that are left out": ("excluded", poisoned("lora_B"), 0, "warning"),
+    "some layers": ("layers-to-transform", poisoned("lora_B"), 0, "warning"),
 }
 
 
@@ -113,16 +115,23 @@ def test_check_finds_it(kind: str, shelf: Shelf, tmp_path: Path, wording, capsys
 
 
 def test_run_has_the_same_finding_once(shelf: Shelf, tmp_path: Path) -> None:
+    """The merge decides where adapter_config.json does not: `b` names its targets by an expression."""
     shutil.copytree(shelf.adapter("plain"), tmp_path / "a")
+    shutil.copytree(shelf.adapter("plain"), tmp_path / "b")
     poisoned("lora_B")(tmp_path / "a")
+    with_regex(tmp_path / "b")
     found = []
     for command in ("check", "run"):
-        answer = merge_gate(command, "a", "--base", shelf.base("llama"), "--report", "json=out.json", cwd=tmp_path)
+        answer = merge_gate(command, "a", "b", "--base", shelf.base("llama"), "--report", "json=out.json", cwd=tmp_path)
         assert answer.code == 1, answer.said
-        findings = strict_json(tmp_path / "out.json")["adapters"][0]["findings"]
-        found += [one for one in findings if one["check"] == "adapter-nonfinite"]
-    assert len(found) == 2
-    assert found[0] == found[1]
+        for entry in strict_json(tmp_path / "out.json")["adapters"]:
+            (finding,) = [one for one in entry["findings"] if one["check"] == "adapter-nonfinite"]
+            found.append(finding)
+    (a, b, run_a, run_b), words = found, ("message", "hint")
+    assert a == run_a
+    assert (b["severity"], run_b["severity"]) == ("warning", "error")
+    assert all(run_b[key] == run_a[key] for key in words)
+    assert b | {key: run_b[key] for key in (*words, "severity")} == run_b
 
 
 def test_what_is_not_read_is_named(shelf: Shelf, tmp_path: Path, capsys) -> None:

@@ -401,3 +401,22 @@ def test_a_verdict_is_not_reused_if_the_directory_changes(place: Path) -> None:
     config(place / "copy", model_type="qwen2")
     assert judged(place, "llama", f"{place}/copy", *out, command="run")[1][0][0] == "warning"
     assert [entry["verdict"] for entry in entries(place / "out")] == ["passed"]
+
+
+def test_digests_of_earlier_runs_show_that_a_copy_is_the_same(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both were bases of runs with this cache. A write into the copy brings the note back."""
+    monkeypatch.setattr("merge_gate.features.cache.remembered.SETTLED_NS", 0)
+    copy = copied(place)
+    classifier(copied(place, "other"))
+    out = ("-o", "out", "--cache", "cache")
+    for base in ("copy", "llama", "other"):
+        assert judged(place, base, "acme/" + base, *out, command="run") == (0, [])
+
+    def severities(named: Path, *words: str) -> list[str]:
+        return [severity for severity, _ in judged(place, "llama", str(named), *out, *words, command="run")[1]]
+
+    assert severities(copy, "--refresh") == ["note"]
+    assert severities(copy) == []
+    assert severities(place / "other") == ["note"]
+    (copy / MODEL).touch()
+    assert severities(copy) == ["note"]

@@ -76,12 +76,17 @@ def test_quoted_text_is_short_and_visible(text: str, shown: str) -> None:
         ("https://user:SECRET@host/a: 404", "https://…@host/a: 404"),
         ("git+ssh://SECRET@host/a", "git+ssh://…@host/a"),
         ("(https://user:SEC/R@E#T@host/a)", "(https://…@host/a)"),
-        ("https://host/a?token=SECRET&b=c, then", "https://host/a?… then"),
+        ("https://host/a?token=SECRET&b=c, then", "https://host/a?…, then"),
         ("https://user:SECRET@host/a?token=SECRET", "https://…@host/a?…"),
         ("https://host/?mail=a@b&token=SECRET", "https://…"),
         ("https://user:SEC?RET@host", "https://…"),
         ('"https://u:SECRET@a" "https://u:SECRET@b"', '"https://…@a" "https://…@b"'),
         ("https://u:SECRET@a,https://u:SECRET@b", "https://…@b"),
+        ("'https://u:SEC'RET@a'.", "'https://…@a'."),
+        ('"https://u:SEC"RET@a?b=SECRET"', '"https://…@a?…"'),
+        ("/work/https:/u:SECRET@host/a", "/work/https:/…@host/a"),
+        ("x='s3://SECRET@host'", "x='s3://…@host'"),
+        ("C:/a@b and http://host/a", "C:/a@b and http://host/a"),
     ],
 )
 def test_urls_lose_their_credentials(text: str, shown: str) -> None:

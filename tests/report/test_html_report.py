@@ -17,6 +17,7 @@ from merge_gate.records.files import HashedFile
 from merge_gate.records.report import Accepted, AdapterReport, Coverage
 from merge_gate.records.terms import Origin, Severity, Verdict
 from merge_gate.report.formats.html_report import chain, render
+from merge_gate.report.wording.alike import paragraphs
 from merge_gate.report.wording.explanations import explanations
 from tests.support.reports import (
     ATTACKS,
@@ -200,6 +201,14 @@ def test_who_accepted_a_failure_comes_first_in_its_row() -> None:
     accepted = Accepted(owner="ml team", until="2027-01-01", reason="retrained in March")
     line = render(report(replace(FAILED, accepted=accepted))).partition('<td class="why">')[2]
     assert line.startswith('<span class="mark">accepted until 2027-01-01 by ml team: retrained in March</span>')
+
+
+def test_a_failure_that_no_one_accepts_has_its_own_paragraph() -> None:
+    """The same adapter fails in two dtypes, and one failure is accepted."""
+    known = replace(FAILED, accepted=Accepted(owner="ml team", until="2027-01-01", reason="known"))
+    run = report(known, replace(FAILED, base=HALF))
+    assert [[len(same) for same in group] for group in paragraphs(run)] == [[1], [1]]
+    assert '<span class="mark">' not in render(run).partition('<td class="why">')[2].partition("</td>")[0]
 
 
 def test_the_coverage_counts_tensors_that_are_absent() -> None:

@@ -1,4 +1,4 @@
-"""Defines exit codes and the errors that users can see. It imports no other module of the package.
+"""Defines exit codes and the errors that users can see. Messages repeat no long text.
 
 ```text
 GateError                 the gate cannot go on; carries a message and a hint
@@ -20,6 +20,8 @@ from __future__ import annotations
 import errno
 from enum import IntEnum
 from typing import TYPE_CHECKING
+
+from merge_gate._internal.text import repeatable
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Problem
@@ -53,9 +55,8 @@ class GateError(Exception):
     exit_code: ExitCode = ExitCode.ERROR
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message)
-        self.message = message
-        self.hint = hint
+        self.message, self.hint = repeatable(message), repeatable(hint)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return f"{self.message}; to do: {self.hint}" if self.hint else self.message

@@ -34,23 +34,41 @@ SIZE = r"^[1-9]\d{0,11}(\.\d{1,3})? ?(KB|MB|GB|TB|KiB|MiB|GiB|TiB)$"
 """A size as a user writes it: `5GB`, `500 MiB`."""
 
 
-_WORD = re.compile(r"[^\s\"'<>`]+")
+MOST_FOREIGN = 300
+"""The most characters of a text from outside that a message repeats."""
+
+# A path of pathlib has one slash after the scheme. A password may have quotes. Marks at the end are the sentence's.
+_URL = re.compile(r"(?<![\w+.-])([\w+.-]{2,}://?)([^\s<>`]*[^\s<>`\"'),.;:\]}])")
+_TOKENS, _LEAST_TOKEN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), 8
+_LONG_WORD = re.compile(rf"\S{{{MOST_FOREIGN + 1},}}")
 
 
 def without_credentials(text: str) -> str:
-    """`text` without what may be secret in its URLs: all before an `@` (a user and a password), and the query."""
-    return _WORD.sub(_without_credentials, text) if "://" in text else text
+    """`text` without the token of the Hub, and without what may be secret in URLs: all before an `@`, and the query."""
+    for token in (os.environ.get(name, "").strip() for name in _TOKENS):
+        if len(token) >= _LEAST_TOKEN:
+            text = text.replace(token, "***")
+    return _URL.sub(_without_credentials, text) if ":/" in text else text
 
 
-def _without_credentials(word: re.Match[str]) -> str:
-    scheme, mark, rest = word[0].partition("://")
+def _without_credentials(url: re.Match[str]) -> str:
+    scheme, rest = url[1], url[2]
     at, query = rest.rfind("@"), rest.find("?")
-    if not mark or (at < 0 and query < 0):
-        return word[0]
+    if at < 0 and query < 0:
+        return url[0]
     if 0 <= query < at:  # the query has the @, or the password has the ?
-        return f"{scheme}://…"
+        return f"{scheme}…"
     path, question, _ = rest[max(at, 0) :].partition("?")
-    return f"{scheme}://{'…' if at >= 0 else ''}{path}{question and '?…'}"
+    return f"{scheme}{'…' if at >= 0 else ''}{path}{question and '?…'}"
+
+
+def repeatable(text: str) -> str:
+    """A message without the credentials of URLs, and with words of `MOST_FOREIGN` characters at most.
+
+    Only text from outside has longer words.
+    """
+    text = without_credentials(text)
+    return _LONG_WORD.sub(lambda word: f"{word[0][: MOST_FOREIGN - 1]}…", text) if len(text) > MOST_FOREIGN else text
 
 
 def is_hidden(character: str) -> bool:
@@ -74,6 +92,11 @@ def quoted(text: str, most: int = 60, mark: str = '"') -> str:
         return f"{mark}{shown}{mark}"
     escaped = (c if c.isprintable() and not is_hidden(c) else c.encode("unicode_escape").decode() for c in shown)
     return f"{mark}{''.join(escaped)}{mark}"
+
+
+def foreign(text: str) -> str:
+    """`text` from outside between single quotes, as a message repeats it."""
+    return quoted(text, MOST_FOREIGN, "'")
 
 
 def listing(names: Iterable[str], most: int = 5) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
-from merge_gate._internal.text import NUMBER, one_of, quoted, unusable, wrapped
+from merge_gate._internal.text import NUMBER, one_of, quoted, repeatable, unusable, wrapped
 from merge_gate.names.suggestions import nearest
 from merge_gate.records.terms import DTYPES, Quantization
 
@@ -135,6 +135,7 @@ class CommandParser(argparse.ArgumentParser):
         named = re.match(r"argument (\S+?): ", message)
         options = named[1].split("/") if named else []
         variables = [self.from_environment[option] for option in options if option in self.from_environment]
+        message = repeatable(message)
         super().error(f"{message} (from the variable {variables[0]})" if variables else message)
 
 

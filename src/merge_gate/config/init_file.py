@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from merge_gate._internal.errors import UsageError
-from merge_gate._internal.text import counted, listing, quoted
+from merge_gate._internal.text import counted, listing, quoted, without_credentials
 from merge_gate.config.from_arguments import current_directory_gone, distinguishing_names
 from merge_gate.names.hub_names import could_be_hub_id
 from merge_gate.records.files import CONFIG_NAME
@@ -192,7 +192,7 @@ def _head(bases: Mapping[str, _Base], digests: Mapping[str, str], offers: Mappin
         comment = f"the adapters name {quoted(named, 200)}, which does not exist here"
         comment += _to_do(path, offers.get(named, []))
     pin = [f"  sha256: {digest}   # of its weight files"] if (digest := digests.get(path or "")) else []
-    return [*lines, "base:", f"  model: {_scalar(path or named)}   # {comment}", *pin, *_dtype("")]
+    return [*lines, "base:", f"  model: {_scalar(path or without_credentials(named))}   # {comment}", *pin, *_dtype("")]
 
 
 _DTYPES = "dtype: [bfloat16, float16]"
@@ -221,7 +221,11 @@ def _entries(
         named, path = bases.get(place, ("", None))
         digest = digests.get(path or "")
         is_missing = bool(named) and path is None
-        keys = {"name": name, "path": place, "base": named if is_missing else path if digest or path != named else None}
+        keys = {
+            "name": name,
+            "path": place,
+            "base": without_credentials(named) if is_missing else path if digest or path != named else None,
+        }
         given = {key: _scalar(value) for key, value in keys.items() if value}
         if digest:
             given["base"] = f"{{model: {given['base']}, sha256: {digest}}}"

@@ -15,7 +15,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,21 +38,28 @@ _MAX_FILES, _MAX_TENSORS = 1_000, 500_000
 _CARD_BASE = re.compile(rb"^base_model:[ \t]*[\"']?(/[^\n\"']+?)[\"']?[ \t\r]*$", re.MULTILINE)
 
 
-def compare(files: AdapterFiles, base: BaseFiles) -> NamedBase | None:
+KnownDigests = Callable[[str], Mapping[str, str] | None]
+"""The digests of the weight files in a directory, by name, if an earlier run computed them."""
+
+
+def compare(files: AdapterFiles, base: BaseFiles, known_digests: KnownDigests = lambda _: None) -> NamedBase | None:
     """What the named directory is, next to the base; None if that says nothing. Never raises for a hostile path."""
     try:
-        return within(_TIMEOUT_S, partial(_compare, files, base))
+        return within(_TIMEOUT_S, partial(_compare, files, base, known_digests))
     except (OSError, ValueError, RecursionError):  # TimeoutError is an OSError
         return None
 
 
-def _compare(files: AdapterFiles, base: BaseFiles) -> NamedBase | None:
+def _compare(files: AdapterFiles, base: BaseFiles, known_digests: KnownDigests) -> NamedBase | None:
     named = files.config.base_name or ""
     used = None if not named or hub_name(named) else _config(base.directory, follow=True)
     if used is None:
         return None
     is_here = Path(named).is_absolute() and os.path.isdir(named)  # noqa: PTH112 (False where pathlib raises)
     here = _of_directory(named, files, base, used) if is_here else None
+    if here is not None and here.likeness in {Likeness.ALIKE, Likeness.OTHER_SETTINGS}:
+        known = known_digests(named)
+        here = NamedBase(likeness=Likeness.SAME) if known and known == known_digests(base.directory) else here
     is_known = here is not None and here.likeness in {Likeness.SAME, Likeness.OTHER_TYPE}
     return here if is_known else _beside(files, used) or here
 

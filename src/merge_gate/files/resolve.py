@@ -11,13 +11,12 @@ import hashlib
 import os
 import re
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.companion_names import Companion, companion_kind, is_carried, is_harmless
 from merge_gate._internal.errors import GateError, ResolveError
-from merge_gate._internal.text import counted, listing, quoted
+from merge_gate._internal.text import counted, foreign, listing, quoted
 from merge_gate.files import base_files, named_base
 from merge_gate.files.headers import PickleReader, shown
 from merge_gate.files.preflight import preflight
@@ -65,6 +64,7 @@ class Fetching:
         code_files: whether the files that a model may copy from its base, such as code, are fetched too.
         reads_values: whether the values of adapters are searched for NaN and Inf.
         is_plan: whether weights that are not in the Hub's cache stay where they are, with their headers.
+        known_digests: the digests of the weight files in a directory, if an earlier run hashed them.
     """
 
     notify: Callable[[str], None] = lambda _: None
@@ -77,6 +77,7 @@ class Fetching:
     code_files: bool = False
     reads_values: bool = False
     is_plan: bool = False
+    known_digests: named_base.KnownDigests = lambda _: None
 
 
 _USUALLY = Fetching()
@@ -188,8 +189,12 @@ class Inputs:
             is_of_config = entry.spec.base.model is not None
             hint = base.hint if is_of_config else "; ".join(filter(None, (_NAMED_BY_ADAPTER, base.hint)))
             return replace(entry, problem=_refused(base, hint))
+        files = base.base_files
+        if entry.spec.base.model is None or files is None:
+            return replace(entry, base=base)
         members = (
-            entry.members if entry.spec.base.model is None else map(partial(_compared, base.base_files), entry.members)
+            replace(member, named_base=named_base.compare(member, files, self._how.known_digests))
+            for member in entry.members
         )
         return replace(entry, base=base, members=tuple(members))
 
@@ -238,13 +243,9 @@ class Inputs:
                     hint="check the network file system that holds the base, then run again",
                 )
             return ResolveError(
-                f"the base {label[:80]!r} cannot be resolved: {type(error).__name__}",
+                f"the base {foreign(label)} cannot be resolved: {type(error).__name__}",
                 hint="set base.model in the config, or correct base_model_name_or_path in adapter_config.json",
             )
-
-
-def _compared(base: BaseFiles | None, files: AdapterFiles) -> AdapterFiles:
-    return files if base is None else replace(files, named_base=named_base.compare(files, base))
 
 
 _NAMED_BY_ADAPTER = (

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 
+from merge_gate._internal.text import repeatable
 from merge_gate.records.refusals import MOST_OF_LOG
 from merge_gate.records.terms import Finding, Severity
 
@@ -48,8 +49,8 @@ def _rest(example: Finding, count: int) -> Finding:
 def _cut(finding: Finding) -> Finding:
     return replace(
         finding,
-        message=cut(finding.message),
-        hint=cut(finding.hint),
+        message=cut(repeatable(finding.message)),
+        hint=cut(repeatable(finding.hint)),
         module=cut(finding.module) if finding.module else finding.module,
         tensor=cut(finding.tensor) if finding.tensor else finding.tensor,
         log=finding.log and finding.log[-MOST_OF_LOG:],

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from merge_gate._internal.text import foreign
 from merge_gate.records.config import A_FILE
 from merge_gate.records.refusals import Caught, log_of
 from merge_gate.records.terms import Finding, Origin, Severity
@@ -35,7 +36,7 @@ def accident(what: str, error: Exception) -> Finding:
 def unknown_method(name: str, peft: str, known_as: str | None = None) -> Finding:
     """PEFT has no adapter type of this name; `known_as` is the same name as PEFT writes it, if there is one."""
     return not_judged(
-        f"PEFT {peft} does not know the adapter type {name!r}, so it cannot be merged here",
+        f"PEFT {peft} does not know the adapter type {foreign(name)}, so it cannot be merged here",
         f"PEFT writes it {known_as!r}: correct peft_type in adapter_config.json"
         if known_as
         else "upgrade PEFT in the environment that runs the gate, or correct peft_type in adapter_config.json",

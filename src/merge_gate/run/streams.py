@@ -11,12 +11,12 @@ import shutil
 import sys
 from typing import IO
 
-from merge_gate._internal.text import WIDEST
+from merge_gate._internal.text import WIDEST, repeatable
 from merge_gate.report.wording.untrusted import inert, safe_text
 
 
 def say(line: str) -> None:
-    write(sys.stderr, safe_text(line) + "\n")
+    write(sys.stderr, safe_text(repeatable(line)) + "\n")
 
 
 def tell(line: str, stream: IO[str] | None = None) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import foreign
 from merge_gate.action.docker.handover import gpu_devices
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def requested_gpus(gpus: str, device: str, environ: Mapping[str, str], devices: 
     allotted GPUs, and a request for any other GPU is refused.
     """
     if gpus not in {"auto", "none", "all"} and not _GPU_LIST.fullmatch(gpus):
-        raise UsageError(f"gpus: got {gpus!r}, expected auto, none, all, or a list such as 0,1")
+        raise UsageError(f"gpus: got {foreign(gpus)}, expected auto, none, all, or a list such as 0,1")
     refuse_contradiction(gpus, device)
     if device == "cpu" or gpus == "none":
         return ""

@@ -25,6 +25,7 @@ from merge_gate.run.verdict_key import current_place, device_name, is_unchanged,
 from merge_gate.worker.protocol import BaseMeasured, DeviceChosen
 
 if TYPE_CHECKING:
+    from merge_gate.files.resolve import Fetching
     from merge_gate.records.files import BaseContent, Entry
     from merge_gate.records.measured import BaseFigures
     from merge_gate.records.report import AdapterReport, BaseReport
@@ -60,7 +61,10 @@ class VerdictCache(Feature):
         here, trusts = current_place(os.environ, platform.node()), run.config.trusts
         self._figures = StoredFigures(self._store, here, fresh=self._fresh, trusts=trusts)
         self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseFigures]] = {}
-        run.watch.remembered = StoredDigests(self._store, boot, fresh=self._fresh)
+        self._digests = run.watch.remembered = StoredDigests(self._store, boot, fresh=self._fresh)
+
+    def fetch(self, how: Fetching) -> Fetching:
+        return replace(how, known_digests=self._digests.known)
 
     def close(self) -> None:
         self._store.tidy()

@@ -13,6 +13,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_gate.files.identity import base_identity
 from merge_gate.records.measured import BaseFigures, EarlierRun
 from merge_gate.report.formats.fields import UnreadableError, dump, load
 from merge_gate.run.verdict_key import Json, key_of, libraries, material_of_run
@@ -106,6 +107,14 @@ class StoredDigests:
                 is_set = abs(offset_s - clock_offset_s()) > CLOCK_DRIFT_S
                 return digests if is_same and not is_set and all(map(_is_digest, digests.values())) else None
         return None
+
+    def known(self, directory: str) -> dict[str, str] | None:
+        """The digests of the weight files in `directory`, as its files are now.
+
+        Raises:
+            OSError: the directory cannot be read.
+        """
+        return self.lookup(directory, base_identity(directory))
 
     def store(
         self, directory: str, identity: tuple[FileIdentity, ...], digests: Mapping[str, str], began_ns: int

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import foreign
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
@@ -58,7 +59,7 @@ def shard_of(text: str, environ: Mapping[str, str]) -> tuple[int, int]:
         given = environ.get(INDEX_VARIABLE, "")
         if not given.isdecimal() or not given.isascii():
             raise UsageError(
-                f"--shard {text}: {INDEX_VARIABLE} is {given[:20]!r}, expected the number of this pod",
+                f"--shard {text}: {INDEX_VARIABLE} is {foreign(given)}, expected the number of this pod",
                 hint="name the shard as I/N, or run in a Kubernetes Job with completionMode: Indexed",
             )
         first = str(int(given[:9]) + 1)

@@ -22,7 +22,7 @@ the base './models/llama-exl2' cannot be judged: its format is EXL2, by quantiza
 
 from __future__ import annotations
 
-from merge_gate._internal.text import quoted
+from merge_gate._internal.text import foreign, quoted
 from merge_gate.judging.checks.check import ERROR, Check, Symptom
 from merge_gate.records.config import BaseSpec
 from merge_gate.records.files import BaseFiles
@@ -54,8 +54,8 @@ def of_request(spec: BaseSpec, files: BaseFiles) -> Finding | None:
 def quantization_unknown(base: str, method: str, transformers: str) -> Finding:
     """config.json declares a quantization that this release of transformers cannot load."""
     return BASE_FORMAT.finding(
-        f"base {base}: its config.json declares quantization by {method!r}, which transformers {transformers} cannot "
-        "load",
+        f"base {base}: its config.json declares quantization by {foreign(method)}, which transformers "
+        f"{transformers} cannot load",
         "gate and merge on the unquantized base that the adapter was trained on",
     )
 

@@ -9,7 +9,8 @@ the last part of the names counts: `acme/base-1b` and `./models/base-1b` are the
 - If the path is a directory on this machine, and all tensors of the adapter fit its headers, the gate compares it with
   the base. The finding is a warning if its `model_type` is another, or if shapes or sizes differ.
 - A 4-bit copy, another class of the model, or a model that is part of the other one is a `note`. The same files are no
-  finding. Values are not compared.
+  finding: the same directory, hard links, or a copy if earlier runs with the same `--cache` hashed both. The gate does
+  not compare values.
 - A `config.json` next to the adapter, and a path under `base_model` in its README.md, count if their `model_type` is
   another than the base's.
 - Other shapes or sizes, and what files next to the adapter say, stay a warning if the check is an error.
@@ -29,7 +30,7 @@ adapter_config.json names base 'acme/another-base', but the base of this run is 
 nonsense.
 
 **What to do.** Name the right base. If both names mean the same weights, list the other name: `base: {model:
-./models/base, names: [acme/base-1b]}`. For a release gate, set this check to `error`.
+./models/base, names: [acme/base-1b]}`. For a release gate, set `policy: release`, which makes the check an error.
 
 **It happened.**
 
@@ -42,6 +43,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from merge_gate._internal.text import foreign
 from merge_gate.judging.checks.check import NOTE, WARNING, Check, FileCase, MergeCase, Symptom
 from merge_gate.names.hub_names import hub_name
 from merge_gate.records.config import A_FILE
@@ -81,8 +83,9 @@ def _names_another_base(case: FileCase, got: str | None) -> Iterator[Finding]:
     revision = case.files.config.base_revision
     if revision and got and revision not in {got, case.spec.base.revision}:
         yield base_mismatch.finding(
-            f"adapter_config.json names revision {revision!r} of the base, but the base of this run is at {got!r}",
-            f"set base.revision to {revision!r}, or release with the revision that the gate used",
+            f"adapter_config.json names revision {foreign(revision)} of the base, but the base of this run is at "
+            f"{foreign(got)}",
+            f"set base.revision to {foreign(revision)}, or release with the revision that the gate used",
         )
 
 
@@ -101,28 +104,29 @@ def _other_name(case: FileCase, named: str, label: str) -> Iterator[Finding]:
     last = _last(hub_id or named)
     if last in listed or (expect is not None and expect.base == named):
         return
-    names = f"adapter_config.json names base {named!r}"
+    names = f"adapter_config.json names base {foreign(named)}"
     if hub_id is None and case.files.named_base is not None:
         yield from _other_directory(case.files.named_base, names, label, is_known=last in known)
     elif last in known:
         return
     elif hub_id is None:
         yield base_mismatch.finding(
-            f"{names}, a path on the machine that trained the adapter; the base of this run is {label!r}",
+            f"{names}, a path on the machine that trained the adapter; the base of this run is {foreign(label)}",
             _COMPARE,
             severity=NOTE,
         )
     elif any(last == f"{name}{suffix}" for name in known for suffix in _QUANTIZED_COPIES):
         yield base_mismatch.finding(
-            f"{names}, a copy in 4 bits of {label!r}, the base of this run",
+            f"{names}, a copy in 4 bits of {foreign(label)}, the base of this run",
             "the adapter was trained on the 4-bit copy: to gate that merge as well, set quantization: bnb-4bit "
             "(--quantization bnb-4bit)",
             severity=NOTE,
         )
     else:
         yield base_mismatch.finding(
-            f"{names}, but the base of this run is {label!r}",
-            f"if both are the same weights, list {named!r} under `base.names` in {A_FILE}; else name the right base",
+            f"{names}, but the base of this run is {foreign(label)}",
+            f"if both are the same weights, list {foreign(named)} under `base.names` in {A_FILE}; else name the right "
+            "base",
         )
 
 
@@ -133,14 +137,14 @@ def _other_directory(other: NamedBase, names: str, label: str, *, is_known: bool
         case Likeness.OTHER_TYPE:
             where = f"{other.file} of the adapter names one" if other.file else "that directory here holds one"
             yield base_mismatch.finding(
-                f"{names}, a model of the type {other.named!r} ({where}), but the base of this run, {label!r}, is of "
-                f"the type {other.used!r}",
+                f"{names}, a model of the type {foreign(other.named)} ({where}), but the base of this run, "
+                f"{foreign(label)}, is of the type {foreign(other.used)}",
                 f"name the right base; if the directory has changed since the training, list {path}",
                 is_lesser=bool(other.file),
             )
         case Likeness.OTHER_FILES:
             yield base_mismatch.finding(
-                f"{names}, a directory here whose files are not those of {label!r}, the base of this run: "
+                f"{names}, a directory here whose files are not those of {foreign(label)}, the base of this run: "
                 f"{other.difference}",
                 f"name the right base; if both are the same weights, or the directory has changed since, list {path}",
                 is_lesser=True,
@@ -149,7 +153,7 @@ def _other_directory(other: NamedBase, names: str, label: str, *, is_known: bool
             alike = f"differs in its {other.difference}" if other.difference else "has the same shapes"
             yield base_mismatch.finding(
                 f"{names}, a directory here that {alike}, and was not compared byte by byte; the base of this run is "
-                f"{label!r}",
+                f"{foreign(label)}",
                 _COMPARE,
                 severity=NOTE,
             )

@@ -34,6 +34,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from merge_gate._internal.text import foreign
 from merge_gate.judging.checks.check import WARNING, Check, FileCase, Symptom
 from merge_gate.judging.peft_releases import Span, written_by
 from merge_gate.records.files import AdapterConfig, StoredTensor
@@ -96,7 +97,8 @@ def _of_lora(config: AdapterConfig, tensors: tuple[StoredTensor, ...]) -> Iterat
     scheme = config.init_lora_weights
     if scheme is not None and scheme.startswith(("pissa", "olora")):
         effect = (
-            f"PEFT ignored init_lora_weights={scheme!r} up to 0.6: today's PEFT subtracts a part of the base for it"
+            f"PEFT ignored init_lora_weights={foreign(scheme)} up to 0.6: today's PEFT subtracts a part of the base "
+            "for it"
         )
         yield MeaningChange(name="old-initialization", first=0, release=7, effect=effect)
     if any(".lora_A" in tensor.name and len(tensor.shape) == 4 for tensor in tensors):  # noqa: PLR2004 - a convolution

@@ -32,6 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from merge_gate._internal.text import foreign
 from merge_gate.judging.checks.check import NOTE, WARNING, Check, FileCase, Symptom
 from merge_gate.records.terms import Finding, Origin
 
@@ -41,8 +42,8 @@ def not_reproducible(case: FileCase) -> Iterator[Finding]:
     scheme = case.files.config.init_lora_weights
     if scheme is not None and scheme.startswith("pissa_niter"):
         yield not_reproducible.finding(
-            f"init_lora_weights is {scheme!r}: PEFT repeats a randomized decomposition of the base on every load, so "
-            "each merge gives other weights",
+            f"init_lora_weights is {foreign(scheme)}: PEFT repeats a randomized decomposition of the base on every "
+            "load, so each merge gives other weights",
             "convert the adapter to plain LoRA on saving (path_initial_model_for_weight_conversion in save_pretrained)",
         )
     config, expect = case.files.config, case.spec.expect

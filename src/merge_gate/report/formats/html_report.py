@@ -28,7 +28,7 @@ from merge_gate._internal.text import has_hidden
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.records.config import COMMAND_LINE
 from merge_gate.records.measured import NORM_LIMIT
-from merge_gate.records.terms import FailureKind, Origin, Severity
+from merge_gate.records.terms import FailureKind, Origin, Severity, Verdict
 from merge_gate.report.wording import explanations, run_result, words
 from merge_gate.report.wording.alike import earlier_entries, more_findings
 from merge_gate.report.wording.grid import State, blocks, count_states, states
@@ -36,7 +36,7 @@ from merge_gate.report.wording.run_result import AdapterState
 from merge_gate.report.wording.untrusted import one_line
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from jinja2 import Template
 
@@ -176,6 +176,12 @@ def _policy() -> str:
 # --- the row of an adapter -----------------------------------------------------------------------------------------
 
 
+def _acceptance(entries: Sequence[AdapterReport]) -> str:
+    """Who accepts the adapter's failures; empty if one of them is not accepted."""
+    marks = [words.acceptance(entry) for entry in entries if entry.verdict is Verdict.FAILED]
+    return marks[0] if marks and all(marks) else ""
+
+
 def _rows(adapters: list[Adapter], layouts: _Layouts, config_path: str) -> list[dict[str, Any]]:
     """The rows. A finding that another dtype of the adapter shows already is folded."""
     return [
@@ -189,7 +195,7 @@ def _rows(adapters: list[Adapter], layouts: _Layouts, config_path: str) -> list[
                 for entry, before in zip(adapter.entries, earlier_entries(adapter.entries), strict=True)
             ],
             "causes": _causes_of(adapter.entries),
-            "accepted": next((mark for entry in adapter.entries if (mark := words.acceptance(entry))), ""),
+            "accepted": _acceptance(adapter.entries),
             "warnings": sorted({finding.check for _, finding in adapter.warnings}),
             "answers": words.answers(adapter.entries[0]),
             "seconds": sum(entry.seconds for entry in adapter.entries if math.isfinite(entry.seconds)),

@@ -99,7 +99,7 @@ def _published(report: Report) -> list[str]:
         return []
     head = "| published model | adapter | dtype | size | sha256 of merge-gate.json |\n|---|---|---|---|---|"
     rows = (
-        f"| {code(model.directory, 160)} | {code(name, 80)} | {code(model.dtype, 40)} "
+        f"| {code(model.directory)} | {code(name)} | {code(model.dtype, 40)} "
         f"| {plain(words.published_size(model))} | {code(words.manifest_sha256(model), 80)} |"
         for name, model in models
     )
@@ -116,7 +116,7 @@ def _folded(quiet: Sequence[AdapterReport], max_bytes: int) -> list[str]:
 
 
 def _row(adapter: AdapterReport) -> str:
-    base = f"{code(words.model_name(adapter.base), 80)} ({plain(words.precision(adapter.base))})"
+    base = f"{code(words.model_name(adapter.base))} ({plain(words.precision(adapter.base))})"
     verdict = f"{_VERDICT_MARK[adapter.verdict]} {words.verdict(adapter)}"
     if adapter.verdict is Verdict.PASSED:
         warned = words.warnings(adapter)
@@ -124,9 +124,9 @@ def _row(adapter: AdapterReport) -> str:
         why = why or ", ".join(_answer(finding) for finding in words.answers(adapter))
     else:
         module = words.deciding_module(adapter)
-        why = code(words.cause(adapter), 80) + (f" in {code(module, 120)}" if module else "")
+        why = code(words.cause(adapter), 80) + (f" in {code(module)}" if module else "")
     why = "; ".join(filter(None, [why, *(plain(mark) for mark in words.marks(adapter))]))
-    return f"| {code(adapter.name, 80)} | {base} | {verdict} | {why} |"
+    return f"| {code(adapter.name)} | {base} | {verdict} | {why} |"
 
 
 def _checks(findings: Iterable[Finding]) -> str:
@@ -214,14 +214,14 @@ def _place(finding: Finding) -> str:
 
 
 def _finding(finding: Finding, more: tuple[Finding, ...], dtypes: str = "") -> str:
-    text = f"{code(finding.check, 80)}: {prose(finding.message.rstrip('. '), 300)}"
+    text = f"{code(finding.check, 80)}: {prose(finding.message.rstrip('. '))}"
     if dtypes:
         text = f"({plain(dtypes)}) {text}"
     if place := words.place(finding, unless_in=finding.message):
-        text += f" ({code(place, 120)})"
+        text += f" ({code(place)})"
     if more:
         text += f"; and {prose(more_findings(more))}"
-    return f"{text}. **{_hint_label(finding)}:** {prose(finding.hint, 300)}" if finding.hint else text
+    return f"{text}. **{_hint_label(finding)}:** {prose(finding.hint)}" if finding.hint else text
 
 
 def _hint_label(finding: Finding) -> str:
@@ -234,7 +234,7 @@ def _warnings(report: Report) -> list[str]:
         return []
     warnings = [(same, unique_findings(same, words.warnings)) for same in by_adapter(passed)]
     items = [
-        f"- {code(same[0].name, 80)} {_finding(finding, more, dtypes or words.precisions(same))}"
+        f"- {code(same[0].name)} {_finding(finding, more, dtypes or words.precisions(same))}"
         for same, unique in warnings
         for finding, more, dtypes in unique
     ]
@@ -263,7 +263,7 @@ def _base_findings(report: Report) -> list[str]:
 def _forwards(report: Report) -> list[str]:
     """What the runs of base and adapter as models showed, of adapters that passed: the others have findings."""
     ran = [adapter for adapter in report.adapters if adapter.forward.ran and adapter.verdict is Verdict.PASSED]
-    items = [f"- {code(run.name, 80)} ({plain(words.precision(run.base))}) {prose(words.forward(run))}" for run in ran]
+    items = [f"- {code(run.name)} ({plain(words.precision(run.base))}) {prose(words.forward(run))}" for run in ran]
     title = f"{words.counted(len(ran), 'merge')} that passed, run as a model"
     return _details(title, items, _FORWARDS_BYTES) if ran else []
 
@@ -299,7 +299,7 @@ def _base_row(base: BaseReport) -> str:
     if base.revision:
         parts.append(f"revision {code(base.revision, 80)}")
     if len(base.files) == 1:
-        parts.append(f"{code(base.files[0].path, 80)} with sha256 {code(base.files[0].sha256, 80)}")
+        parts.append(f"{code(base.files[0].path)} with sha256 {code(base.files[0].sha256, 80)}")
     elif base.sha256:
         parts.append(f"sha256 of all files {code(base.sha256, 80)}")
     return f"| base | {', '.join(parts)} |"

@@ -206,7 +206,7 @@ def render_text(changes: Changes, *, width: int = WIDEST) -> str:
 def render_markdown(changes: Changes) -> str:
     """Return Markdown: a table of the changes, the worst first."""
     rows = [
-        f"| {change.kind} | {code(change.adapter.name, 80)} ({plain(words.precision(change.adapter.base))}) "
+        f"| {change.kind} | {code(change.adapter.name)} ({plain(words.precision(change.adapter.base))}) "
         f"| {plain(_verdict(change.old))} → {plain(_verdict(change.new))} | {plain('; '.join(_why(change)))} |"
         for change in changes.changes
     ]

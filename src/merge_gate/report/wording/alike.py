@@ -13,7 +13,7 @@ from merge_gate._internal.text import listing
 from merge_gate.records.terms import Severity, Verdict
 from merge_gate.report.wording import words
 from merge_gate.report.wording.grid import LAYER
-from merge_gate.report.wording.untrusted import one_line
+from merge_gate.report.wording.untrusted import one_line, shorten_between_words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +25,6 @@ AlikeAdapters: TypeAlias = "list[list[AdapterReport]]"
 """Adapters with the same findings; each adapter is a list of its entries, one per dtype."""
 
 _MOST_NAMES = 3
-_NAME_LENGTH = 60
 _MESSAGE_LENGTH = 120
 
 
@@ -46,7 +45,10 @@ def paragraphs(report: Report) -> list[AlikeAdapters]:
 def by_adapter(adapters: Iterable[AdapterReport]) -> list[list[AdapterReport]]:
     """Group the entries of one adapter in several dtypes if the same finding decides them."""
     groups = words.by(
-        adapters, lambda item: (item.name, item.source, item.base.model, item.verdict, item.cause, words.deciding(item))
+        adapters,
+        lambda item: (
+            (item.name, item.source, item.base.model, item.verdict, item.cause, item.accepted, words.deciding(item))
+        ),
     )
     return list(groups.values())
 
@@ -123,7 +125,7 @@ def _part(values: str, findings: Sequence[Finding]) -> str:
         return f"{values} in {len(findings):,}" + (f" ({places})" if places else "")
     if places:
         return f"in {places}"
-    messages = dict.fromkeys(one_line(finding.message, _MESSAGE_LENGTH) for finding in findings)
+    messages = dict.fromkeys(shorten_between_words(one_line(finding.message), _MESSAGE_LENGTH) for finding in findings)
     return listing(messages, _MOST_NAMES)
 
 
@@ -138,7 +140,7 @@ def _places(findings: Iterable[Finding]) -> str:
             layers.add(int(match[0]))
             name = name[match.end() :].removeprefix(".")
         if name:
-            names[one_line(name, _NAME_LENGTH)] = None
+            names[one_line(name, words.NAME_LENGTH)] = None
     word = "layer" if len(layers) == 1 else "layers"
     parts = [f"{word} {_ranges(sorted(layers))}"] if layers else []
     return ", ".join([*parts, *([listing(names, _MOST_NAMES)] if names else [])])

@@ -9,8 +9,8 @@ import math
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from merge_gate._internal.text import MOST_FOREIGN, listing
 from merge_gate._internal.text import counted as counted  # noqa: PLC0414 - the formats import their words from here
-from merge_gate._internal.text import listing
 from merge_gate.judging.checks.check import FOLLOWS
 from merge_gate.judging.checks.phrases import figure, named
 from merge_gate.judging.checks.table import CHECKS
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-NAME_LENGTH = 200
+NAME_LENGTH = MOST_FOREIGN
 MESSAGE_LENGTH = 600
 MOST_PROBLEMS = 20
 """How many problems of a combination the formats for people show."""
