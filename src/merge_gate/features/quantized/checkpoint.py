@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -95,6 +95,8 @@ class Checkpoint:
         self._plain = {tensor.name for tensor in files.stored if tensor.dtype in PLAIN} & self._shapes.keys()
         if not self._parts:
             raise LayoutError(f"stores no weight of the base in the parts of {method}: its tensors have other names")
+        if method == "mlx":
+            self._shapes |= dict(self._with_other_rows())
         self._layouts = {name: _layout(name, parts, self._shapes[name], method) for name, parts in self._parts.items()}
         try:
             self._is_transposed = False
@@ -120,6 +122,14 @@ class Checkpoint:
         self.format = f"{title} ({'; '.join(kind for kind, _ in kinds.most_common(3))})"
         self.settings: tuple[Setting, ...] = ()
         self.added = tuple(name for name in others if not self._is_zero_bias(name))
+
+    def _with_other_rows(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """The shapes of MLX's weights, which may have other rows than in the base: MLX quantizes embeddings, too."""
+        for name, parts in self._parts.items():
+            shape, scales = self._shapes[name], parts["scales"].shape if "scales" in parts else ()
+            is_matrix = len(shape) == len(scales) == 2 and scales[0] > 0  # noqa: PLR2004
+            if is_matrix and any(scales[1] * size == shape[1] for _, size in self._declared.blocks):
+                yield name, (scales[0], shape[1])
 
     def __contains__(self, name: str) -> bool:
         return name in self._parts or name in self._plain
@@ -162,7 +172,8 @@ class Checkpoint:
             if not is_of_base and name not in self._base:
                 is_of_base.append(False)
             if not is_of_base:
-                first = slice(0, shape[0] if step == shape[0] else -(-ROWS // step) * step)
+                rows_of_base = min(shape[0], self._base[name].shape[0])
+                first = slice(0, rows_of_base if step == shape[0] else min(rows_of_base, -(-ROWS // step) * step))
                 own, base = self._part(name, grid, first), self._base_rows(name, first)
                 scales = own.refitted(self._folded(name, base, own, first)).scales
                 is_of_base.append(float((scales == own.scales).float().mean()) > MOST)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import threading
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -41,7 +42,7 @@ from merge_gate.features.verify.expected_differences import Expectation
 from merge_gate.features.verify.finished_model import Files
 from merge_gate.features.verify.finished_settings import read_settings
 from merge_gate.files.feed import LocalFeed
-from merge_gate.records.files import Snapshot
+from merge_gate.records.files import AdapterFiles, Snapshot
 from merge_gate.records.measured import Evidence
 from merge_gate.worker.pinned import pinned_directory
 from merge_gate.worker.protocol import Task
@@ -51,11 +52,13 @@ if TYPE_CHECKING:
     from merge_gate.worker.group_bases import GroupBase, GroupBases
 
 _NOTHING_MEASURED = Measurement()
+_OF_COPIES = re.compile(r"((modules_to_save|original_module)\.)?(weight|bias)")
+"""The tensors of a module that PEFT saves whole, by the ends of their names."""
 
 
 def consumer(
     asked: ReleaseFiles,
-    _task: Task,
+    task: Task,
     loaded: GroupBase,
     bases: GroupBases,
     pinned: contextlib.ExitStack,
@@ -79,7 +82,7 @@ def consumer(
         measurement = replace(measurement, files=tuple(read))
     stored = Counter(tensor.dtype for tensor in loaded.group.files.tensors if len(tensor.shape) > 1)
     dtype = getattr(torch, DTYPES[stored.most_common(1)[0][0]]) if stored else torch.float32
-    return StrengthConsumer(loaded.base, release, dtype, measurement)
+    return StrengthConsumer(loaded.base, release, dtype, measurement, task.files)
 
 
 def _opened_file(finished: Snapshot, loaded: GroupBase, pinned: contextlib.ExitStack) -> GgufRelease:
@@ -179,14 +182,21 @@ class ByModelNames:
 class StrengthConsumer(Consumer):
     """Steps 2 and 3. `dtype` is that of the base's files, and `measurement` has what was compared before.
 
+    `members` are the files of the adapters: rows that the base does not have may be copied from one of them.
     If the adapter was not merged, nothing is measured.
     """
 
     takes_tensors = True
 
     def __init__(
-        self, base: Base, release: Release, dtype: torch.dtype, measurement: Measurement = _NOTHING_MEASURED
+        self,
+        base: Base,
+        release: Release,
+        dtype: torch.dtype,
+        measurement: Measurement = _NOTHING_MEASURED,
+        members: Sequence[AdapterFiles] = (),
     ) -> None:
+        self._members = members
         self._measurement = replace(measurement, format=release.format, added=release.added, settings=release.settings)
         self._base, self._release, self._dtype = base, release, dtype
         self._facts: dict[str, tuple[TensorStrength, ...]] = {}
@@ -231,7 +241,8 @@ class StrengthConsumer(Consumer):
             self._absent[name] = shape is not None or name in untied
         base = self._base.tensors[first]
         known = 0 if first in self._base.newly_initialized else len(base)
-        return [_Comparison(self._release, own, base, known, shape, self._dtype) for own in stored]
+        is_copied = shape is not None and _is_copied(name, shape, self._members)
+        return [_Comparison(self._release, own, base, known, shape, self._dtype, is_copied=is_copied) for own in stored]
 
     def _take(self, name: str, comparisons: Sequence[_Comparison], rows: torch.Tensor | None, start: int) -> None:
         first = self._base.first_name(name)
@@ -277,8 +288,9 @@ class _Comparison:
     """One tensor of the release, compared as the rows of the merge pass.
 
     `base` is the base's tensor. Its first `known` rows are compared with the merge's. The merge's further rows, and a
-    tensor that the base does not store, are compared with zeros: their strength is 1, too. Without `shape`, the merge
-    leaves the tensor alone.
+    tensor that the base does not store, are compared with zeros: their strength is 1, too. If they are copied from the
+    adapter's file and stored as plain floats, they have the merge's bits. Without `shape`, the merge leaves the tensor
+    alone.
     """
 
     def __init__(  # noqa: PLR0917
@@ -289,6 +301,8 @@ class _Comparison:
         known: int,
         shape: tuple[int, ...] | None,
         dtype: torch.dtype,
+        *,
+        is_copied: bool,
     ) -> None:
         self.name, self._known, self._is_changed = name, known, shape is not None
         expected = tuple(base.shape) if shape is None else shape
@@ -300,6 +314,7 @@ class _Comparison:
             expected_shape=expected,
         )
         self._fits: list[tuple[int, int, TensorFit]] = []
+        self._is_copied, self._differing = is_copied and not self._outline.kind, 0
         self._waiting: torch.Tensor | None = None
         if not is_near(self._outline.shape, expected):
             return  # the values are not read
@@ -345,10 +360,37 @@ class _Comparison:
                 merged = of_base if rows is None else rows[begin - start : span.stop - start].cpu().float()
                 actual = self._tensor.read(span)
                 fit.add(of_base, merged, actual.view(of_base.shape), span)
+                if self._is_copied and first >= self._known:
+                    self._differing += _differing(merged, actual.view(merged.shape))
 
     def facts(self) -> tuple[TensorStrength, ...]:
         """The figures of the rows that the base has, and of the others."""
-        return tuple(fit.facts() for _, _, fit in self._fits) or (self._outline,)
+        facts = tuple(
+            replace(fit.facts(), differing=self._differing if first >= self._known else 0)
+            for first, _, fit in self._fits
+        )
+        return facts or (self._outline,)
+
+
+def _is_copied(name: str, shape: Sequence[int], members: Sequence[AdapterFiles]) -> bool:
+    """Whether the merge has the values of this tensor in the adapter's file, and no delta on it."""
+    module, _, leaf = name.rpartition(".")
+    own = {
+        rest: tuple(tensor.shape)
+        for files in members
+        for tensor in files.tensors
+        for _, found, rest in [f".{tensor.name}".partition(f".{module}.")]
+        if found
+    }
+    is_whole = all(_OF_COPIES.fullmatch(rest) for rest in own)
+    return len(members) == 1 and is_whole and tuple(shape) in (own.get(leaf), own.get(f"modules_to_save.{leaf}"))
+
+
+def _differing(merged: torch.Tensor, actual: torch.Tensor) -> int:
+    """How many values of plain floats are not those of the merge: in float32, or rounded to 16 bits in any order."""
+    half, brain = merged.half().float(), merged.bfloat16().float()
+    allowed = (merged, half, brain, half.bfloat16().float(), brain.half().float())
+    return merged.numel() - int(torch.stack([actual == values for values in allowed]).any(0).count_nonzero())
 
 
 def _in_16_bits(values: torch.Tensor, _rows: slice) -> torch.Tensor:

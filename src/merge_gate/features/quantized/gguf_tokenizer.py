@@ -6,11 +6,14 @@ In: a header, and the paths of the expected files. Out: what differs. Runs in th
    (gguf.SpecialVocab).
 2. Each token of tokenizer.json has its id. The converter writes some tokens otherwise: spaces for their marks, and
    WordPiece without its marks. It adds tokens up to the size of the vocabulary, which are not compared.
+3. It leaves out a token whose id has no row in the embedding, and the id of such a special token: Gemma 3 of 1B has one
+   for images.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,6 +30,7 @@ _TOKENIZER, _MOST_BYTES, _LISTED = "tokenizer.json", 1 << 28, 3
 _IDS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 """The names of special tokens in tokenizer_config.json, and in the keys of a GGUF file."""
 
+_EMBEDDING = "token_embd.weight"
 _LINE_END = re.compile(r"\r\n|\r")
 
 
@@ -45,8 +49,8 @@ def differing_tokenizer(header: GgufHeader, files: Mapping[str, str]) -> Iterato
             if "/" not in name:
                 Path(folder, name).symlink_to(Path(path).absolute())
         try:
-            special = gguf.SpecialVocab(folder)
-            tokens = _tokens(Path(folder, _TOKENIZER))
+            special = gguf.SpecialVocab(folder, n_vocab=(count := _count(header)))
+            tokens = {number: text for number, text in _tokens(Path(folder, _TOKENIZER)).items() if number < count}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise EngineError(
                 f"the expected tokenizer cannot be read: {str(error)[:200]}", hint="check the files of base and adapter"
@@ -58,6 +62,12 @@ def differing_tokenizer(header: GgufHeader, files: Mapping[str, str]) -> Iterato
             yield Setting(name=key, actual=_shown(actual), expected=str(expected))
     yield from _differing_template(header, special.chat_template)
     yield from _differing_tokens(header, tokens)
+
+
+def _count(header: GgufHeader) -> int:
+    """So many tokens can be in the file: the rows of its embedding, which are compared elsewhere."""
+    embedding = header.tensors.get(_EMBEDDING)
+    return max(len(header.tokens), embedding.shape[0] if embedding is not None else sys.maxsize)
 
 
 def _shown(value: Any) -> str:

@@ -29,6 +29,8 @@ class TensorStrength:
         shape, expected_shape: in the release, and in the merge. If they differ, the common part is compared.
         first_row: the first of its rows that are compared. The base has none of the rows from there on if it is not 0.
         nonfinite: how many values of W, W + D, and Q are not finite. Nothing else is known then.
+        differing: how many of them are not the merge's bits, if these are known: of plain floats in rows that the base
+            does not have, copied from the adapter's file.
         numel: the number of values.
         sampled: the share of them that the shuffles, the bend, and the search for a merge into codes rest on.
         strength: k. 1 is the merge, and 0 is the base.
@@ -60,6 +62,7 @@ class TensorStrength:
     expected_shape: tuple[int, ...]
     first_row: int = 0
     nonfinite: int = 0
+    differing: int = 0
     numel: int = 0
     sampled: float = 1.0
     strength: float = 0.0

@@ -33,7 +33,10 @@ CHANCE, POOLED_ERRORS, LEAST_BEND = 0.01, 3.0, 4.0
 """How often errors of right merges exceed the limit in all tensors together; limits in standard errors."""
 
 CHANCE_OF_KINDS = 1e-4
-"""How often the strengths of kinds exceed their limits in a right release, of all kinds together."""
+"""How often the strengths of kinds exceed their limits in a right release, of all kinds together, if errors are normal.
+
+Of 220 right releases that llama.cpp's quantizers made in ten types (Q2_K to Q8_0; 20 seeds, and two of 220 million
+values), none did: the furthest kind was at 0.60 of its limit, and half of them below 0.06."""
 
 FACTOR_TOLERANCE = 0.05
 MOST_UNITS, MOST_USUAL = 3.0, 1.5
@@ -131,6 +134,8 @@ class _Release:
 
     def _is_odd(self, tensor: TensorStrength) -> bool:
         """Whether a tensor has other values than base, delta, and noise explain, or a row has."""
+        if tensor.differing and _strength(tensor).is_near(1, POOLED_ERRORS):
+            return True
         most, own = self._most.get(tensor.kind, MOST_UNITS), tensor.own_noise
         share = (tensor.noise if own is None else own) / (tensor.weight or 1.0)
         tolerance = TOLERANCE + min(MOST_SHRUNK, share**2) + POOLED_ERRORS * tensor.scale_error
@@ -326,8 +331,11 @@ def _listed(tensors: Sequence[TensorStrength]) -> str:
 
 
 def _named(tensor: TensorStrength) -> str:
-    new = f" (rows from {tensor.first_row:,} on, which the base does not have)" if tensor.first_row else ""
-    return f"{quoted(tensor.name, 120)}{new}"
+    notes = [f"rows from {tensor.first_row:,} on, which the base does not have"] * bool(tensor.first_row)
+    notes += [f"{counted(tensor.differing, 'value differs', 'values differ')} from the adapter's"] * bool(
+        tensor.differing
+    )
+    return quoted(tensor.name, 120) + f" ({'; '.join(notes)})" * bool(notes)
 
 
 def _fits_better(first: _Release, second: _Release) -> bool:

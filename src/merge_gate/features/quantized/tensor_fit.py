@@ -50,8 +50,9 @@ PARALLEL = 1e-6
 UNLIKE = 0.5
 """Below this factor of the base's values, a tensor does not resemble them; above this share of its square, a row."""
 
-MOST_SHARES = 4.0
-"""The share of noise in the square of a row may be so many times the median of its tensor."""
+MOST_SHARES, MOST_SHARE = 4.0, 1.0
+"""The share of noise in the square of a row may be so many times the median of its tensor, and so much at most: the
+noise to expect is as large if it was repeated with the release's own scales, which may be those of any values."""
 
 LEAST_NORMS, SAME_NORMS = 16, 0.8
 """Norms of so many rows or columns are the same if they correlate more than this."""
@@ -380,7 +381,7 @@ def _compared(fit: _Fit, again: _Fit, whole: torch.Tensor, axis: int) -> tuple[t
     own = again.squares(again.residual, axis) + ROUNDED**2 * sizes
     own += LEAST_NOISE * own.mean()
     shares = noise / (sizes + LEAST_ROW * sizes.mean())
-    is_unlike = float(shares.max()) > max(UNLIKE, MOST_SHARES * float(shares.median()))
+    is_unlike = float(shares.max()) > min(MOST_SHARE, max(UNLIKE, MOST_SHARES * float(shares.median())))
     noise = torch.maximum(noise, own)
     far, usual = fit.chances(noise, axis), again.chances(own, axis)
     largest = 2 * math.log(len(far) + 1)  # of as many squares by chance
