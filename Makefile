@@ -169,7 +169,7 @@ servers: $(STAMPS)/test
 # The JSON Schemas and every table of the documents that is made from the code.
 schemas: $(STAMPS)/test
 	UPDATE_GOLDENS=1 $(BIN)/python -m pytest -q -k "stored_schema or schema_file or tables_of_fields or table_of_checks_is or table_of_policies or table_of_the_models or docstring_of_its_check or number_of_checks or copy_of_them or table_of_the_kinds or table_of_the_expected or the_reference_of or index_has_every_page" \
-		tests/config tests/report/test_report_files.py tests/features/attest/test_statement.py tests/report/test_json_report.py tests/test_docs.py tests/test_reference.py tests/features/verify/test_docs.py
+		tests/config tests/report/test_report_files.py tests/features/publish/test_attestations_page.py tests/report/test_json_report.py tests/test_docs.py tests/test_reference.py tests/features/verify/test_docs.py
 
 # The pictures of README.md and docs/, from a real run; Chromium comes from .ci/install-e2e.sh.
 pictures: $(STAMPS)/e2e

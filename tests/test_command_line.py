@@ -165,7 +165,7 @@ def test_a_command_with_few_options_has_one_help(command: str, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize(
-    ("heading", "names"), [("published models", ["verify"]), ("more commands", ["attest", "schema", "completion"])]
+    ("heading", "names"), [("published models", ["verify"]), ("more commands", ["schema", "completion"])]
 )
 def test_commands_that_few_need_are_groups(heading: str, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     group = printed(["-h"], capsys).partition(f"  {heading}:\n")[2].partition("\n\n")[0]

@@ -20,13 +20,10 @@ def held_table(page: str, block: str, table: str) -> None:
     assert after.split(end, 1)[0].strip() == table, "look at the difference, then run with UPDATE_GOLDENS=1"
 
 
-def field_table(cls: Any, explained: str = "") -> str:
-    """The fields of a record as a Markdown table: key, type, sentence. Nested records appear in place, once.
-
-    Rows that another table on the page has, `explained`, are left out.
-    """
+def field_table(cls: Any) -> str:
+    """The fields of a record as a Markdown table: key, type, sentence. Nested records appear in place, once."""
     rows = [f"| `{name}` | {_kind_in_words(field)} | {meaning} |" for name, field, meaning in _listed(cls, "", {})]
-    return "\n".join(["| field | type | meaning |", "|---|---|---|", *(row for row in rows if row not in explained)])
+    return "\n".join(["| field | type | meaning |", "|---|---|---|", *rows])
 
 
 def _listed(cls: Any, prefix: str, places: dict[Any, str]) -> list[tuple[str, Declared, str]]:

@@ -181,7 +181,7 @@ def parsers(only: str = "") -> tuple[argparse.ArgumentParser, Commands[CommandPa
     commands = top.add_subparsers(prog="merge-gate", required=True, metavar="COMMAND", dest="command")
     for name in [only] if only else all_commands():
         command_of(name)[0](commands)
-    headings = {name: heading for name, _, heading in declared("COMMAND")}
+    headings = {"schema": "more commands"} | {name: heading for name, _, heading in declared("COMMAND")}
     top.formatter_class = partial(HelpText, headings=headings)
     for command in commands.choices.values():
         show_variables(command)

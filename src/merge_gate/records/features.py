@@ -47,7 +47,6 @@ FEATURES: dict[str, dict[str, str]] = {
         "consumer": "consumer",
         "release": "release_flow",
     },
-    "attest": {"declared": "declared", "command": "attest_command"},
     "export": {
         "declared": "declared",
         "command": "export_command",
@@ -56,7 +55,7 @@ FEATURES: dict[str, dict[str, str]] = {
     },
 }
 """Modules in the folder of each feature, by place, in the order in which features act."""
-NEEDS = {"attest": "publish", "export": "publish", "quantized": "verify", "ray": "shards", "verify": "publish"}
+NEEDS = {"export": "publish", "quantized": "verify", "ray": "shards", "verify": "publish"}
 """The one other feature that a feature imports. Who takes that one away takes both."""
 
 

@@ -112,7 +112,6 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "verify --adapter": ("verify", "model", "--base", "base", "--adapter", "NAME"),
     "verify --candidate": ("verify", "model", "--base", "base", "--adapter", "one", "--candidate", "NAME"),
     "verify --output": ("verify", "model", "--output", "NAME"),
-    "attest DIR": ("attest", "NAME"),
     "run ADAPTER": ("run", "NAME", "--base", "base"),
     "run --base": ("run", "one", "--base", "NAME"),
     "run --output": ("run", "one", "--base", "base", "--output", "NAME"),

@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 KINDS = Path(__file__).with_name("kinds.csv")
 NOT_PUBLISHED, EARLIER_MODEL, PUBLISHED_FILES = "not-published", "earlier-model", "published-files"
 STOP_TOKENS, TOKENIZER_SIZE = "stop-tokens", "tokenizer-size"
+_SIGN = (
+    "merge-gate signs nothing and checks no signature; use `cosign attest-blob` or actions/attest, with "
+    "merge-gate.json as the predicate, and `cosign verify-blob-attestation`"
+)
+GONE = dict.fromkeys(("attest", "--key", "--attestation", "--max-age"), _SIGN)
 
 
 def add_options(run: argparse.ArgumentParser) -> None:

@@ -1,1 +1,0 @@
-"""Attestations: in-toto statements about verdicts and published models, signed and checked."""
