@@ -86,7 +86,7 @@ class Places:
             if value is not None:
                 is_right = has_values(tensor, value)
             else:
-                is_right = first is None or (holder in first and same_bits(first[holder], tensor))
+                is_right = first is None or (holder in first and same_bits(first[holder].to(tensor.device), tensor))
             if not is_right:
                 return True
         return False
