@@ -22,7 +22,7 @@ from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base import accounting, loaded_base
 from merge_gate.engine.base.accounting import Account
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source
-from merge_gate.engine.base.model_class import model_class_for
+from merge_gate.engine.base.model_class import model_class_for, read_config
 from merge_gate.engine.base.skeleton import FiguresBySpan, NoSkeletonError, figures_by_span, skeleton_of
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.consumer import Consumer
@@ -251,10 +251,16 @@ def _by_class(groups: dict[int, Group], job: Job) -> tuple[list[GroupBase], list
     group_bases: dict[tuple[int, ModelClass], GroupBase] = {}
     unknown: list[Unjudged] = []
     for position, group in groups.items():
+        config = None  # read once: it takes 1.6 ms
         for task in group.tasks:
             try:
+                config = config or read_config(group.directory, trust_remote_code=job.trust_remote_code)
                 model_class = model_class_for(
-                    group.directory, task.files[0], group.files.tensors, trust_remote_code=job.trust_remote_code
+                    group.directory,
+                    task.files[0],
+                    group.files.tensors,
+                    trust_remote_code=job.trust_remote_code,
+                    config=config,
                 )
             except Exception as error:
                 unknown += undecided([task], error, group)

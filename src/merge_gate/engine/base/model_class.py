@@ -50,14 +50,26 @@ MOST_LABELS = 1 << 20
 
 
 def model_class_for(
-    directory: str, files: AdapterFiles, stored: Collection[StoredTensor], *, trust_remote_code: bool = False
+    directory: str,
+    files: AdapterFiles,
+    stored: Collection[StoredTensor],
+    *,
+    trust_remote_code: bool = False,
+    config: Any = None,
 ) -> ModelClass:
-    """Choose by the rules at the top of this file. `stored` are the headers of the base's weight files.
+    """Choose by the rules at the top of this file.
+
+    Args:
+        directory: that of the base.
+        files: those of the adapter.
+        stored: the headers of the base's weight files.
+        trust_remote_code: whether code of the base may choose.
+        config: the base's config, if it was read before. It stays as it is.
 
     Raises:
         CannotJudge: the base's config.json cannot be read.
     """
-    config = _read_config(directory, trust_remote_code=trust_remote_code)
+    config = copy.deepcopy(config) if config else read_config(directory, trust_remote_code=trust_remote_code)
     requested = _requested_class(config, files, trust_remote_code=trust_remote_code)
     has_task_class = files.config.task_type in TASK_CLASSES
     is_from_mapping = not has_task_class and requested == files.config.base_class
@@ -72,7 +84,12 @@ def model_class_for(
     )
 
 
-def _read_config(directory: str, *, trust_remote_code: bool) -> Any:
+def read_config(directory: str, *, trust_remote_code: bool) -> Any:
+    """The config of a base.
+
+    Raises:
+        CannotJudge: it cannot be read.
+    """
     try:
         return transformers.AutoConfig.from_pretrained(
             directory, local_files_only=True, trust_remote_code=trust_remote_code
@@ -107,7 +124,7 @@ def users_class(directory: str, loaded: type, files: AdapterFiles, *, trust_remo
     Servers load the whole base, by the class in config.json. Otherwise, rules 1 to 4 give the class: PEFT loads none of
     the adapter's tensors into a class with other names.
     """
-    config = _read_config(directory, trust_remote_code=trust_remote_code)
+    config = read_config(directory, trust_remote_code=trust_remote_code)
     is_part = _part(config, loaded) is not config
     name = _named(config) if is_part else _requested_class(config, files, trust_remote_code=trust_remote_code)
     return name if name and _is_model_class(name) else loaded.__name__, is_part
