@@ -17,7 +17,7 @@ from merge_gate._internal.text import WIDEST, counted, listing, shown_bytes
 from merge_gate.files.headers import DTYPE_BITS
 from merge_gate.records.features import part
 from merge_gate.records.files import BaseFiles
-from merge_gate.records.terms import Quantization, Read, Result, Verdict
+from merge_gate.records.terms import Read, Result, Verdict
 from merge_gate.report.wording import words
 from merge_gate.report.wording.layout import labeled, laid_out
 from merge_gate.report.wording.untrusted import one_line
@@ -134,7 +134,7 @@ class _Base:
     @property
     def seconds(self) -> float:
         """About how long reading and merging take, after the start."""
-        is_plain = self._base.quantization is Quantization.NONE and self._files.quantization is None
+        is_plain = not self._base.is_quantized and self._files.quantization is None
         of_merges = sum(
             _LORA_S_A_GB if is_plain and {file.config.peft_type for file in task.files} == {"LORA"} else _OTHER_S_A_GB
             for task in self._tasks
@@ -151,7 +151,7 @@ class _Base:
     def lines(self) -> Iterator[RenderableType]:
         base, fetch = self._base, self._files.on_hub
         revision = f" at {base.revision[:12]}" if base.revision else ""
-        quantization = [] if base.quantization is Quantization.NONE else [base.quantization]
+        quantization = [base.quantization] if base.is_quantized else []
         how = ", ".join([*(group.base.dtype for group in self._groups), *quantization])
         yield Text(f"base {_shown(base.name)}{revision} ({_shown(how)})")
         size, count = shown_bytes(self._files.weight_bytes), counted(len(self._files.weights), "file")
