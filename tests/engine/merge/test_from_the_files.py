@@ -489,13 +489,14 @@ def test_a_rewritten_weight_without_an_identity_is_named(bench: Bench) -> None:
 # --- a longer vocabulary -------------------------------------------------------------------------------------------
 
 
-def test_the_biases_of_a_longer_vocabulary_may_be_a_row(bench: Bench) -> None:
-    """BART keeps them as a buffer, which grows with the embedding."""
-    directory, adapter = bench.root / "bart", bench.root / "of-bart"
+@pytest.mark.parametrize("dtype", methods.DTYPES)
+def test_the_biases_of_a_longer_vocabulary_may_be_a_row(dtype: str, bench: Bench) -> None:
+    """BART keeps them as a buffer, which grows with the embedding, and becomes float32."""
+    directory, adapter = bench.root / f"bart-{dtype}", bench.root / f"of-bart-{dtype}"
     layers = {f"{end}_{name}": value for end in ("encoder", "decoder")
               for name, value in {"layers": 1, "ffn_dim": 24, "attention_heads": 2}.items()}  # fmt: skip
     model = BartForConditionalGeneration(BartConfig(vocab_size=24, d_model=16, max_position_embeddings=16, **layers))
-    model.save_pretrained(directory)
+    model.to(methods.DTYPES[dtype]).save_pretrained(directory)
     model.resize_token_embeddings(26, mean_resizing=False)
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["shared"], init_lora_weights=False)
     with methods.quiet():

@@ -86,7 +86,7 @@ def is_of_base(base: Base, place: ModelPlace) -> bool:
 def has_bits_of_base(base: Base, place: ModelPlace) -> bool:
     """Whether a place has the base's values for it. Of a longer vocabulary, the common rows count.
 
-    Its biases may be a row of one matrix (BART's `final_logits_bias`).
+    Its biases may be a row of one matrix, and become float32 (BART's `final_logits_bias`).
     """
     name = base.first_name(place.name)
     known, tensor = base.tensors.get(name), place.tensor.data
@@ -94,8 +94,8 @@ def has_bits_of_base(base: Base, place: ModelPlace) -> bool:
         return False
     with base.filled([name]):
         was, now = known.data, tensor.to(known.device)
-        if known.dim() and set(known.shape[:-1]) == set(tensor.shape[:-1]) == {1}:
-            was, now = was.flatten(), now.flatten()
+        if was.shape != now.shape and set(was.shape[:-1]) == set(now.shape[:-1]) == {1}:
+            was, now = was.flatten(), now.flatten().to(was.dtype)
         rows = slice(min(len(was), len(now))) if was.dim() and was.shape[1:] == now.shape[1:] else ...
         return same_bits(was[rows], now[rows])
 
