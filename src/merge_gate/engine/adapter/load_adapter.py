@@ -343,8 +343,7 @@ class Loaded:
     is false if an adapter of the same config and names was merged on this scratch copy before. `initial_factors` has
     what PEFT subtracts from the base before it loads, by the id of a layer: the first factors of PiSSA and OLoRA, or
     FRoD's `frod_lambda_l`. `mapped` has the ids of the factors that are views of the file (private_copies.py).
-    `injected` is what the injection has left. `is_probed`: PEFT has merged a layer on trial since the load (probes.py),
-    or has run the model.
+    `injected` is what the injection has left. `is_probed`: PEFT has merged a layer on trial since the load (probes.py).
     `unproved` are layers whose factors nothing shows to be right, and why.
     """
 

@@ -84,14 +84,20 @@ def is_of_base(base: Base, place: ModelPlace) -> bool:
 
 
 def has_bits_of_base(base: Base, place: ModelPlace) -> bool:
-    """Whether a place has the base's values for it. Of a longer vocabulary, the common rows count."""
+    """Whether a place has the base's values for it. Of a longer vocabulary, the common rows count.
+
+    Its biases may be a row of one matrix, and become float32 (BART's `final_logits_bias`).
+    """
     name = base.first_name(place.name)
     known, tensor = base.tensors.get(name), place.tensor.data
     if known is None or is_quantized(known) or is_quantized(tensor) or known.dim() != tensor.dim():
         return False
-    rows = slice(min(len(known), len(tensor))) if known.dim() and known.shape[1:] == tensor.shape[1:] else ...
     with base.filled([name]):
-        return same_bits(known.data[rows], tensor.to(known.device)[rows])
+        was, now = known.data, tensor.to(known.device)
+        if was.shape != now.shape and set(was.shape[:-1]) == set(now.shape[:-1]) == {1}:
+            was, now = was.flatten(), now.flatten().to(was.dtype)
+        rows = slice(min(len(was), len(now))) if was.dim() and was.shape[1:] == now.shape[1:] else ...
+        return same_bits(was[rows], now[rows])
 
 
 # --- the adapter's own tensors ---------------------------------------------------------------------------------------

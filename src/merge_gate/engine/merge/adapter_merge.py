@@ -225,8 +225,6 @@ class AdapterMerge:
             Refused: PEFT cannot merge this adapter; the fact quotes PEFT.
             CannotJudge: a measurement failed, which says nothing about the adapter.
         """
-        for block in self.planned if self.loaded.is_probed else ():
-            self._compare_with_files(block.path, block.layer)
         watch = Watch(self._places.memory, "merge")
         for path, layer in self.layers:
             layer.merge = self._wrapped(path, layer, layer.merge, watch)

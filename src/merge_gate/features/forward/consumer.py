@@ -117,8 +117,6 @@ class ModelRuns(Consumer):
             for is_running in (False, True):
                 first._on_run(is_running)
         loaded = [runs._unmerged(attempt) for runs, attempt in running]
-        for adapter in loaded:
-            adapter.is_probed = True
         models = [adapter.model.get_base_model() for adapter in loaded]
         targeted = [adapter.targeted for adapter in loaded]
         ran = run_adapters(base, models, first._tokens, targeted)
