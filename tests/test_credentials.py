@@ -107,7 +107,9 @@ def test_of_an_adapter(changes: dict[str, Any], place: Path, capsys: pytest.Capt
             repeats_nothing(place / "new", ["init", ".."], capsys)
 
 
-@pytest.mark.parametrize("name", ["HF_ENDPOINT", "HTTPS_PROXY", "MERGE_GATE_BASE", "MERGE_GATE_DTYPE", "MERGE_GATE_X"])
+@pytest.mark.parametrize(
+    "name", ["HF_ENDPOINT", "HTTPS_PROXY", "MERGE_GATE_BASE", "MERGE_GATE_DTYPE", "MERGE_GATE_DTPYE"]
+)
 def test_of_the_environment(
     name: str, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from merge_gate._internal.text import (
     is_inside,
     listing,
     quoted,
+    repeatable,
     unusable,
     without_credentials,
 )
@@ -97,6 +98,16 @@ def test_urls_lose_their_credentials(text: str, shown: str) -> None:
 
 def test_a_long_url_is_cut_after_its_credentials() -> None:
     assert "SECRET" not in quoted(f"https://user:{'SECRET' * 99}@host/a")
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("x" * 300 + ": no", "x" * 300 + ": no"),
+    ("'" + "x" * 999 + "', no", "'" + "x" * 298 + "…', no"),
+    (f"a https://u:{'SECRET' * 99}@h b", "a https://…@h b"),
+    ("x y" * 999, "x y" * 999),
+])  # fmt: skip
+def test_a_long_word_of_a_message_is_cut(text: str, shown: str) -> None:
+    assert repeatable(text) == shown
 
 
 def test_a_list_says_how_many_it_leaves_out() -> None:

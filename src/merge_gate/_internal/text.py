@@ -40,7 +40,7 @@ MOST_FOREIGN = 300
 # A path of pathlib has one slash after the scheme. A password may have quotes. Marks at the end are the sentence's.
 _URL = re.compile(r"(?<![\w+.-])([\w+.-]{2,}://?)([^\s<>`]*[^\s<>`\"'),.;:\]}])")
 _TOKENS, _LEAST_TOKEN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), 8
-_LONG_WORD = re.compile(rf"\S{{{MOST_FOREIGN + 1},}}")
+_LONG_WORD = re.compile(rf"\S{{{MOST_FOREIGN},}}[^\s\"'),.;:\]}}]")
 
 
 def without_credentials(text: str) -> str:
