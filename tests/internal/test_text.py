@@ -171,3 +171,7 @@ def test_a_commit_is_a_digest(name: str, is_commit: bool) -> None:
 )
 def test_it_is_what_stands_before_pefts_own_parts(name: str, module: str) -> None:
     assert module_of(name) == module
+
+
+def test_a_word_of_marks_is_cut_at_once() -> None:
+    assert repeatable(f"see {')' * 1_000_000} here") == "see )))) here"

@@ -180,7 +180,7 @@ def test_a_text_of_just_the_length_is_whole(wording: Wording) -> None:
 
 
 def test_every_text_of_a_finding_is_cut_and_nothing_else() -> None:
-    long = "x" * (MOST_CHARACTERS + 3)
+    long = "x " * MOST_CHARACTERS
     one = dataclasses.replace(finding(message=long), hint=long, module=long, tensor=long, nan=3)
     cut_long = cut(long)
     assert bounded([one]) == (

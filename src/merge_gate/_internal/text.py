@@ -40,7 +40,8 @@ MOST_FOREIGN = 300
 # A path of pathlib has one slash after the scheme. A password may have quotes. Marks at the end are the sentence's.
 _URL = re.compile(r"(?<![\w+.-])([\w+.-]{2,}://?)([^\s<>`]*[^\s<>`\"'),.;:\]}])")
 _TOKENS, _LEAST_TOKEN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), 8
-_LONG_WORD = re.compile(rf"\S{{{MOST_FOREIGN},}}[^\s\"'),.;:\]}}]")
+_LONG_WORD = re.compile(rf"\S{{{MOST_FOREIGN + 1},}}")
+_MARKS, _MOST_MARKS = "\"'),.;:]}", 4
 
 
 def without_credentials(text: str) -> str:
@@ -68,7 +69,14 @@ def repeatable(text: str) -> str:
     Only text from outside has longer words.
     """
     text = without_credentials(text)
-    return _LONG_WORD.sub(lambda word: f"{word[0][: MOST_FOREIGN - 1]}…", text) if len(text) > MOST_FOREIGN else text
+    return _LONG_WORD.sub(_shortened, text) if len(text) > MOST_FOREIGN else text
+
+
+def _shortened(word: re.Match[str]) -> str:
+    """A long word, and the marks of the sentence behind it."""
+    own = word[0].rstrip(_MARKS)
+    marks = word[0][len(own) :][:_MOST_MARKS]
+    return (own if len(own) <= MOST_FOREIGN else f"{own[: MOST_FOREIGN - 1]}…") + marks
 
 
 def is_hidden(character: str) -> bool:
