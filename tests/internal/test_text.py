@@ -85,7 +85,7 @@ def test_quoted_text_is_short_and_visible(text: str, shown: str) -> None:
         ("https://u:SECRET@a,https://u:SECRET@b", "https://…@b"),
         ("'https://u:SEC'RET@a'.", "'https://…@a'."),
         ('"https://u:SEC"RET@a?b=SECRET"', '"https://…@a?…"'),
-        ("/work/https:/u:SECRET@host/a", "/work/https:/…@host/a"),
+        ("/srv/https:/u:SECRET@host/a", "/srv/https:/…@host/a"),
         ("x='s3://SECRET@host'", "x='s3://…@host'"),
         ("C:/a@b and http://host/a", "C:/a@b and http://host/a"),
     ],

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.interrupts import TIMEOUT_S
-from merge_gate._internal.text import quoted, unusable
+from merge_gate._internal.text import MOST_FOREIGN, foreign, quoted, unusable
 from merge_gate.action import caches
 from merge_gate.action.docker.container import ContainerRun
 
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _MAX_RETENTION_DAYS = 400
-_MOST_CHARACTERS = 300
-"""So much of a value is repeated in a message."""
 DEFAULT_CONFIG = "merge-gate.yml"
 RESERVED_OPTIONS = (
     "--output", "--device", "--container", "--image", "--gpus", "--shard", "--cache", "--report", "--publish",
@@ -134,7 +132,7 @@ def read_inputs(environ: Mapping[str, str]) -> ActionInputs:
         problems += [problem for problem in absent if problem.partition(":")[0] not in wrong]
     output = places.place(given["output"]) if given["output"] else _new_output(environ)
     if output.exists() and not output.is_dir():
-        problems.append(f"output: got {_got(given['output'])}, expected a directory, but {_path(output)} is a file")
+        problems.append(f"output: got {foreign(given['output'])}, expected a directory, but {_path(output)} is a file")
     arguments, args_problem = _arguments(given["args"])
     all_problems = [problem for problem in (*problems, args_problem, places.problem) if problem]
     if all_problems:
@@ -190,13 +188,8 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _got(text: str) -> str:
-    """A value as a message repeats it."""
-    return quoted(text, _MOST_CHARACTERS, "'")
-
-
 def _path(path: Path) -> str:
-    return quoted(str(path), _MOST_CHARACTERS, "")
+    return quoted(str(path), MOST_FOREIGN, "")
 
 
 def _problem(given: Mapping[str, str], name: str, pattern: str, expected: str) -> str:
@@ -208,23 +201,23 @@ def _problem(given: Mapping[str, str], name: str, pattern: str, expected: str) -
         more = f"; a directory goes into `{name}-dir`"
     if (name, value) == ("fail-on", "broken"):
         more = "; use `fail-on: failed` instead of `broken`"
-    return f"{name}: got {_got(value)}, expected {expected}{more}"
+    return f"{name}: got {foreign(value)}, expected {expected}{more}"
 
 
 def _clashes(given: Mapping[str, str]) -> list[str]:
     """Inputs that contradict each other."""
     problems = [
-        f"{name}-dir: got {_got(given[f'{name}-dir'])}, expected nothing, because `{name}` is true: GitHub's cache "
+        f"{name}-dir: got {foreign(given[f'{name}-dir'])}, expected nothing, because `{name}` is true: GitHub's cache "
         "has a directory of its own; remove one of the two inputs"
         for name in ("hf-cache", "cache")
         if given[name] == "true" and given[f"{name}-dir"]
     ]
     by = "verify" if given["verify"] else "adapters" if given["adapters"] else ""
     if by and given["config"] != DEFAULT_CONFIG:
-        problems.append(f"config: got {_got(given['config'])}, expected nothing, because `{by}` is set")
+        problems.append(f"config: got {foreign(given['config'])}, expected nothing, because `{by}` is set")
     if by == "verify":
         problems += [
-            f"{name}: got {_got(given[name])}, expected nothing, because `verify` is set"
+            f"{name}: got {foreign(given[name])}, expected nothing, because `verify` is set"
             for name in _OF_RUNS
             if given[name] not in {"", "false"}
         ]
@@ -232,7 +225,7 @@ def _clashes(given: Mapping[str, str]) -> list[str]:
             problems.append(f"adapters: got {len(_lines(given['adapters']))} lines, expected one with `verify`")
     if not by:
         problems += [
-            f"{name}: got {_got(given[name])}, expected nothing without `adapters`: the configuration names it"
+            f"{name}: got {foreign(given[name])}, expected nothing without `adapters`: the configuration names it"
             for name in ("base", "dtype")
             if given[name]
         ]
@@ -252,7 +245,9 @@ def _subject(
     if given["verify"]:
         model = places.place(given["verify"])
         if not model.is_dir():
-            problems.append(f"verify: got {_got(given['verify'])}, expected a directory, but {_path(model)} is not one")
+            problems.append(
+                f"verify: got {foreign(given['verify'])}, expected a directory, but {_path(model)} is not one"
+            )
         return model, adapters, base
     if listed:
         return None, adapters, base
@@ -261,7 +256,7 @@ def _subject(
         other = "; or set `config` or `adapters`" if given["config"] == DEFAULT_CONFIG else ""
         missing = f"does not exist (run actions/checkout before this step{other})"
         state = "is a directory" if config.is_dir() else missing
-        problems.append(f"config: got {_got(given['config'])}, expected a file, but {_path(config)} {state}")
+        problems.append(f"config: got {foreign(given['config'])}, expected a file, but {_path(config)} {state}")
     return config, adapters, base
 
 
@@ -270,7 +265,7 @@ def _words(name: str, written: str, places: _Places, problems: list[str]) -> lis
     if re.search(r"[*?\[]", written):
         matches = places.matching(written)
         if not matches:
-            problems.append(f"{name}: got {_got(written)}, expected directories, but none matches the pattern")
+            problems.append(f"{name}: got {foreign(written)}, expected directories, but none matches the pattern")
         return [places.relative(path) for path in matches]
     path = places.place(written)
     if path.is_dir():
@@ -278,7 +273,7 @@ def _words(name: str, written: str, places: _Places, problems: list[str]) -> lis
     if _HUB_ID.fullmatch(written) and not path.exists():
         return [written]
     state = "is a file" if path.exists() else "does not exist (run actions/checkout before this step)"
-    problems.append(f"{name}: got {_got(written)}, expected a directory or a Hub id, but {_path(path)} {state}")
+    problems.append(f"{name}: got {foreign(written)}, expected a directory or a Hub id, but {_path(path)} {state}")
     return []
 
 
@@ -303,8 +298,8 @@ class _Places:
             self._start = self.place(working_directory)
             if not self._start.is_dir():
                 self.problem = (
-                    f"working-directory: got {_got(working_directory)}, expected a directory, but {_path(self._start)} "
-                    "is not one"
+                    f"working-directory: got {foreign(working_directory)}, expected a directory, but "
+                    f"{_path(self._start)} is not one"
                 )
 
     def place(self, written: str) -> Path:
@@ -335,17 +330,15 @@ def _arguments(text: str) -> tuple[tuple[str, ...], str]:
     try:
         split = tuple(shlex.split(text))
     except ValueError as error:
-        return (), f"args: got {_got(text)}, expected words as for a shell ({error})"
+        return (), f"args: got {foreign(text)}, expected words as for a shell ({error})"
     for word in split:
         name = "--output" if re.match("-[qv]*o", word) else word.partition("=")[0]
         reserved = next(
             (option for option in RESERVED_OPTIONS if len(name) > len("--") and option.startswith(name)), ""
         )
         if reserved:
-            return (
-                (),
-                f"args: got {_got(word)}, but the action sets {reserved} itself: remove it, or use the action's inputs",
-            )
+            own = f"the action sets {reserved} itself: remove it, or use the action's inputs"
+            return (), f"args: got {foreign(word)}, but {own}"
     return split, ""
 
 

@@ -26,7 +26,8 @@ _CHUNK_BYTES = 1 << 20
 MOST_FILES = 253
 """The kernel's limit (SCM_MAX_FD)."""
 
-LEAST, MOST, BYTES_OF_A_TENSOR = Limits(16 << 20, 2 << 20), Limits(32 << 20, 2 << 20), 2048
+MOST, BYTES_OF_A_TENSOR = Limits(32 << 20, 2 << 20), 2048
+LEAST = MOST._replace(bytes=16 << 20)
 """What a message to the parent may take, by the tensors of a job. The figures of a tensor have about 300 bytes and 30
 values. The largest message makes the parent take about 300 MiB, and less than a second of the CPU."""
 
@@ -43,7 +44,7 @@ def limits_of(job: Job | None) -> Limits:
     for group in job.groups if job is not None else ():
         own = sum(len(file.tensors) for task in group.tasks for file in task.files)
         tensors += len(group.files.tensors) + own
-    return MOST._replace(bytes=min(LEAST.bytes + BYTES_OF_A_TENSOR * tensors, MOST.bytes))
+    return LEAST._replace(bytes=min(LEAST.bytes + BYTES_OF_A_TENSOR * tensors, MOST.bytes))
 
 
 class Channel:

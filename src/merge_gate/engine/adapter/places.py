@@ -131,7 +131,7 @@ def _own_modules(module: Any) -> Iterator[nn.Module]:
 def settings_of(layer: Any) -> dict[tuple[str, object], object]:
     """What a tuner layer holds for each adapter besides tensors: strengths, trained tokens, the class of a variant.
 
-    And which adapters are active.
+    Its key for the active adapters is `("active", None)`.
     """
     settings: dict[tuple[str, object], object] = {
         ("active", None): [] if layer.disable_adapters else list(layer.active_adapters)
@@ -160,8 +160,8 @@ def named_settings(model: Any, config: Any, adapter_name: str) -> dict[str, Mapp
         strength, tokens = strength_of(named, path, config), of_layer.get(("token_indices", adapter_name))
         if strength is not None:
             expected["scaling", adapter_name] = strength
-        if tokens is not None and tokens not in (lists := _token_lists(config)):
-            expected["token_indices", adapter_name] = lists
+        if tokens is not None and tokens not in _token_lists(config):
+            expected["token_indices", adapter_name] = None  # the layer has others, so it differs
         if isinstance(named[path], LoraLayer) and getattr(config, "use_dora", False):
             expected["lora_variant", adapter_name] = of_layer.get(("lora_variant", adapter_name))
         settings[path] = {**of_layer, **expected}

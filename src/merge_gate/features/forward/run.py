@@ -81,14 +81,14 @@ def run_adapters(
         known = Forward(inputs=name, why_not=lacking if missing else None)
         return [
             outcome.error
-            if isinstance(outcome.error, Refused) and not _is_merged_to_run(outcome.error, paths)
+            if isinstance(outcome.error, Refused) and not _is_bias_of_attention(outcome.error, paths)
             else _forward(base, _with_coverage(known, outcome.activations.ran, model, paths, inputs), of_base, outcome)
             for outcome, model, paths in zip(seen, models, targeted or [()] * len(models), strict=True)
         ]
     return [failures[-1] for _ in models]
 
 
-def _is_merged_to_run(refused: Refused, targeted: Sequence[str]) -> bool:
+def _is_bias_of_attention(refused: Refused, targeted: Sequence[str]) -> bool:
     """Whether it is PEFT's LoRA of an attention, which adds a trained bias to the base's in each forward."""
     return refused.refusal.fields["tensor"] in {f"{path}.out_proj.bias" for path in targeted}
 
