@@ -106,10 +106,18 @@ class Unmerged:
         calls = zip(self.inputs, self.adapted, strict=True)
         errors = [_run(merged, given) - adapted for given, adapted in calls]
         whole = self._worst(errors, None if self.is_apart else ())
-        if self.is_apart or math.isnan(whole[0]) or _difference(*whole) > MOST_ERROR_SHARE:
+        if self.is_apart or math.isnan(whole[0]) or _difference(*whole) > MOST_ERROR_SHARE or self._are_near(errors):
             return whole
         of_outputs = self._worst(errors, (self.dim,))
         return of_outputs if _difference(*of_outputs) > MOST_ERROR_SHARE else whole
+
+    def _are_near(self, errors: list[Tensor]) -> bool:
+        """Whether the error of each output is too small a share of it to count, whatever the adapter changes there."""
+        norms = [
+            [_norms(part, adapted.isfinite(), (self.dim,)) for part in (error, adapted)]
+            for error, adapted in zip(errors, self.adapted, strict=True)
+        ]
+        return all(bool((error <= LOST_SHARE * size).all()) for error, size in norms)
 
     def _worst(self, errors: list[Tensor], kept: tuple[int, ...] | None) -> tuple[float, float]:
         """Both shares of the output that differs most, on the input on which it differs least."""
