@@ -33,6 +33,7 @@ from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.lora.model import LoraModel
 from peft.tuners.lycoris_utils import LycorisLayer
+from peft.tuners.oft.layer import OFTRotationModule
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file
@@ -322,6 +323,28 @@ def test_rows_in_another_order_than_in_the_file_are_named_so(name, attribute, dt
         judgement = judged(bench, methods.find(name), dtype)
     assert_differs(judgement)
     assert "in another order than the file's: rows, halves" in judgement.findings[0].message
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+@pytest.mark.parametrize("eps", [0.5, 1e-2, 1e-4])
+def test_rotations_that_a_run_projects_are_those_of_the_file(eps, dtype, bench, tmp_path, monkeypatch) -> None:
+    """The last step of a training leaves them outside of the constraint, and each run of PEFT's layer moves them."""
+    case = methods.make_case(f"coft-{eps}", "llama", "OFTConfig", oft_block_size=4, coft=True, eps=eps,
+                             target_modules=["q_proj"])  # fmt: skip
+    state = load_file(bench.adapter(case) / methods.WEIGHTS)
+    generator = torch.Generator().manual_seed(1)
+    outside = {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+    methods.write_variant(bench.adapter(case), tmp_path / "outside", outside)
+    gate, base = Gate(), bench.base_directory(case.base, dtype)
+    assert gate.judge(tmp_path / "outside", base).verdict is Verdict.PASSED
+    monkeypatch.setattr(BaseTuner, "_unload_and_optionally_merge", unloading_after(exchanged_rotations))
+    assert_differs(gate.judge(tmp_path / "outside", base))
+
+
+def exchanged_rotations(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, OFTRotationModule):
+            module.weight.data = module.weight.data.roll(1, 0)
 
 
 def test_factors_exchanged_between_two_layers_on_load_are_found(bench: Bench) -> None:

@@ -76,15 +76,16 @@ class Places:
     def has_other_factors(self, layer: Any) -> bool:
         """Whether a tensor of the adapter in a layer has other values than the file, or than the injection gave it.
 
-        PEFT may put equal values in the place of factors in 16 bits.
+        PEFT may put equal values in the place of factors in 16 bits. A run of constrained OFT projects its rotations.
         """
         first = self._loaded.injected.first
+        projections = {id(module.weight): module for module in layer.modules() if getattr(module, "coft", False)}
         if isinstance(layer, AdaLoraLayer) and not layer.lora_E[ADAPTER_NAME].numel():
             return False  # the load leaves nothing of a pruned layer
         for holder, tensor in adapter_tensors(layer):
             value = self._values.get(id(tensor))
             if value is not None:
-                is_right = has_values(tensor, value)
+                is_right = has_values(tensor, value) or _is_projected(projections.get(id(tensor)), tensor, value)
             else:
                 is_right = first is None or (holder in first and same_bits(first[holder].to(tensor.device), tensor))
             if not is_right:
@@ -133,3 +134,17 @@ class Places:
         first = self._base.first_name(name)
         with self._base.filled([first] if first in self._base.tensors else []):
             return same_bits(known, tensor.to(known.device))
+
+
+MOST_PROJECTION_UNITS = 64
+"""Units of the largest value. Each run of the layer projects again, and rounds."""
+
+
+@torch.no_grad()
+def _is_projected(module: Any, tensor: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether a tensor is PEFT's projection of the file's value onto the constraint of OFT, within rounding."""
+    if module is None or tensor.shape != value.shape:
+        return False
+    projected = module._project_batch(value.to(tensor.device, tensor.dtype), eps=module.eps)
+    room = MOST_PROJECTION_UNITS * torch.finfo(tensor.dtype).eps * float(projected.abs().nan_to_num().max())
+    return torch.allclose(tensor, projected, rtol=0.0, atol=room, equal_nan=True)
