@@ -39,6 +39,7 @@ def test_the_child_gets_no_token_and_no_network(variables) -> None:
         directory = Path(f"/proc/{child._process.pid}/cwd").resolve()
     assert "hf_secret" not in seen.values()
     assert seen["HF_HUB_OFFLINE"] == seen["TRANSFORMERS_OFFLINE"] == "1"
+    assert seen["USE_HUB_KERNELS"] == "0"
     assert directory != Path.cwd()
     assert seen["TMPDIR"] == str(directory)
     assert not directory.exists()
