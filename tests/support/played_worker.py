@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
-from merge_gate.features.stream.batches import batches
 from merge_gate.records.measured import BaseFacts, Evidence, Forward
 from merge_gate.records.terms import Quantization
+from merge_gate.worker.batches import batches
 from merge_gate.worker.channel import Channel
 from merge_gate.worker.protocol import (
     BaseLoaded,

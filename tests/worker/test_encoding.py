@@ -12,7 +12,6 @@ import pytest
 
 from merge_gate.config.load_config import load_config
 from merge_gate.features.publish.calls import PublicationPlanned, PublicationWritten
-from merge_gate.features.stream.parent_feed import BytesRequested, SpansExpected
 from merge_gate.files.base_files import read_base
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import StoredTensor
@@ -26,6 +25,7 @@ from merge_gate.run.flow import run_gate
 from merge_gate.worker.channel import FROM_WORKER, TO_WORKER
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.encoding import EncodingError, GarbledError, cases, decoded, encoded
+from merge_gate.worker.parent_feed import BytesRequested, SpansExpected
 from merge_gate.worker.protocol import Answer, Group, Job, Listener, Merged, Task, Unjudged
 from merge_gate.worker.sandbox import SWITCH
 from tests.support.faults import configure, poison

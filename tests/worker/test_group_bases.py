@@ -12,8 +12,8 @@ from merge_gate.records.files import BaseFiles, Pattern
 from merge_gate.records.refusals import NotJudged, Refused
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import BaseKey, Quantization
-from merge_gate.worker import group_bases
 from merge_gate.worker.child import is_same_base, judge_job, rounds
+from merge_gate.worker.merging import judge_groups, pattern_trial
 from merge_gate.worker.protocol import Event, Group, Job, Task, Unjudged
 from merge_gate.worker.sandbox import SWITCH
 
@@ -34,7 +34,7 @@ def test_a_base_that_is_lost_answers_only_open_tasks(
         raise SourceError("the mount is gone")
 
     variables[SWITCH] = "off"
-    monkeypatch.setattr(group_bases, "judge_pinned", lose_base)
+    monkeypatch.setattr(judge_groups, "judge_pinned", lose_base)
     lost = replace(group(str(tmp_path)), tasks=tuple(Task(index=index, files=()) for index in (0, 1)))
     events = list(judge_job(Job(groups=(lost,), device="cpu"), lambda _: None, Sandbox()))
     answers = [event for event in events if isinstance(event, Unjudged)]
@@ -51,8 +51,8 @@ def pattern(expression: str) -> Pattern:
 
 def test_honest_expressions_pass_and_the_clock_is_put_back() -> None:
     before = signal.getsignal(signal.SIGVTALRM)
-    group_bases.try_patterns([pattern(r".*\.q_proj"), pattern("[a-z]+")], NAMES)
-    group_bases.try_patterns([], NAMES)
+    pattern_trial.try_patterns([pattern(r".*\.q_proj"), pattern("[a-z]+")], NAMES)
+    pattern_trial.try_patterns([], NAMES)
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
     assert signal.getsignal(signal.SIGVTALRM) is before
 
@@ -60,7 +60,7 @@ def test_honest_expressions_pass_and_the_clock_is_put_back() -> None:
 @pytest.mark.parametrize("expression", ["(", "[a", "(?P<x>.)(?P<x>.)", "a{99999999999}", "(" * 5000 + ")" * 5000])
 def test_what_is_no_expression_is_refused_by_its_name(expression: str) -> None:
     with pytest.raises(Refused) as raised:
-        group_bases.try_patterns([pattern("q_proj"), pattern(expression)], NAMES)
+        pattern_trial.try_patterns([pattern("q_proj"), pattern(expression)], NAMES)
     refusal = raised.value.refusal
     assert refusal.kind == "pattern_refused"
     assert refusal.fields["pattern"] == pattern(expression)
@@ -69,7 +69,7 @@ def test_what_is_no_expression_is_refused_by_its_name(expression: str) -> None:
 
 def test_one_without_end_is_refused_after_its_computing_time() -> None:
     with pytest.raises(Refused) as raised:
-        group_bases.try_patterns([pattern("q_proj"), pattern("(([a-z0-9_.])+)+!")], NAMES, timeout_s=0.2)
+        pattern_trial.try_patterns([pattern("q_proj"), pattern("(([a-z0-9_.])+)+!")], NAMES, timeout_s=0.2)
     endless = Refused("pattern_refused", pattern=pattern("(([a-z0-9_.])+)+!"), names=2, seconds=0.2)
     assert raised.value.refusal == endless.refusal
     assert signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)

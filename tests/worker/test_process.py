@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from merge_gate._internal.private_directory import PREFIX, private_directory
 from merge_gate.demo import make_demo
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker import process
 from merge_gate.worker.memory import REUSE, MemoryGroup
-from merge_gate.worker.private_directory import PREFIX, private_directory
 from merge_gate.worker.process import SLEEPING_THREADS, WorkerProcess, child_environment, describe_exit
 from merge_gate.worker.protocol import Event, Finished, Idle, Job
 from merge_gate.worker.supervisor import Attempt

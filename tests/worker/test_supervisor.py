@@ -18,12 +18,12 @@ from typing import Any
 
 import pytest
 
-from merge_gate.features.stream.batches import batches
 from merge_gate.files.preflight import preflight
 from merge_gate.records.files import AdapterFiles, DeclaredQuantization
 from merge_gate.records.measured import BaseFacts, Evidence
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.terms import BaseKey
+from merge_gate.worker.batches import batches
 from merge_gate.worker.encoding import GarbledError
 from merge_gate.worker.process import WorkerProcess
 from merge_gate.worker.protocol import (

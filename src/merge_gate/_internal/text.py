@@ -170,6 +170,11 @@ def shown_bytes(count: int) -> str:
     return f"{count / 1e3:,.1f} kB" if count >= 1000 else counted(count, "byte")  # noqa: PLR2004
 
 
+def gibibytes(count: float) -> str:
+    """A number of bytes in GiB."""
+    return f"{count / 2**30:.1f} GiB"
+
+
 def one_of(words: Iterable[str]) -> str:
     """`a, b or c`."""
     *others, last = words

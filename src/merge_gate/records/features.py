@@ -6,10 +6,8 @@ It is the only way to a feature. A module is imported when a run asks for it, an
 `feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `command` is a command
 (cli/parser.py), and `checks` a folder of checks (judging/checks/table.py). `directory` recognizes the directories that
 a feature made (features/publish). `records` has the type of its settings in the worker, and of what it adds to the
-evidence (worker/encoding.py). `feed`
-reads a base in the worker, by calls of `feed_service` in the parent (worker/call_service.py), and `load` loads a base
-from a feed. `batches` are the adapters that `passes` merges together. `api` has a function of the Python interface.
-`release` measures a finished model that cannot be compared bit for bit (features/verify).
+evidence (worker/encoding.py). `feed_service` reads a base for the worker (worker/parent_feed.py). `api` has a function
+of the Python interface. `release` measures a finished model that cannot be compared bit for bit (features/verify).
 """
 
 from __future__ import annotations
@@ -20,15 +18,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 FEATURES: dict[str, dict[str, str]] = {
-    "stream": {
-        "declared": "declared",
-        "feature": "feature",
-        "feed": "parent_feed",
-        "feed_service": "feed_service",
-        "load": "load_from_feed",
-        "batches": "batches",
-        "passes": "passes",
-    },
+    "stream": {"declared": "declared", "feature": "feature", "feed_service": "feed_service"},
     "shards": {"declared": "declared", "feature": "feature", "command": "combine_command"},
     "publish": {
         "declared": "declared",

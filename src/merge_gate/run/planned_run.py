@@ -23,6 +23,7 @@ from merge_gate.report.wording.layout import labeled, laid_out
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.flow import planned_run
 from merge_gate.run.view import View
+from merge_gate.worker.batches import batches
 from merge_gate.worker.memory import MemoryGroup, factor_bytes
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ class _Base:
         self._files = groups[0].files
         self._free_bytes = MemoryGroup().free_bytes()
         tasks = [(task, None) for task in self._tasks]
-        passes = part("stream", "batches").batches(tasks) if self._is_fed else [None]
+        passes = batches(tasks) if self._is_fed else [None]
         self.passes = sum(1 for _ in passes)
         self.read_bytes = self._files.weight_bytes * self.passes
 

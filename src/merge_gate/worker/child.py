@@ -1,8 +1,7 @@
 """The worker process from inside: it confines itself, imports the engine, and judges the groups of a job.
 
-In: names of pickled files, and then a `Job` with its channels for calls. Out: the tensors of the files, and
-events. process.py starts it as an interpreter of its own. It imports torch, the engine and group_bases.py last, when
-it is confined.
+In: names of pickled files, and then a `Job` with its channels for calls. Out: the tensors of the files, and events.
+process.py starts it as an interpreter of its own. It imports torch, the engine and merging/ last, when it is confined.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import CardError, EngineError, SourceError
 from merge_gate.files.feed import LocalFeed
-from merge_gate.records.features import part
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Sandbox
 from merge_gate.worker.channel import MOST_FILES, Channel
 from merge_gate.worker.device import cpu_name, why_no_card
 from merge_gate.worker.encoding import EncodingError
+from merge_gate.worker.parent_feed import ParentFeed
 from merge_gate.worker.pinned import pinned_directory
 from merge_gate.worker.protocol import (
     BaseLoading,
@@ -105,7 +104,7 @@ def _import_engine() -> None:
 def _listed(pickled: PickleNamed) -> PickleListed:
     """The tensors of a pickled file."""
     try:
-        from merge_gate.worker.group_bases import listed_pickle  # noqa: PLC0415 - imports torch and PEFT
+        from merge_gate.worker.merging.group_bases import listed_pickle  # noqa: PLC0415 - imports torch and PEFT
     except Exception as error:
         return PickleListed(refusal=NotJudged(message=f"{type(error).__name__}: {error}"[:400]))
     return listed_pickle(pickled.path)
@@ -197,13 +196,14 @@ def _judge_groups(positions: list[int], job: Job, progress: Listener, client: Ca
     open_tasks = {task.index: task for position in positions for task in job.groups[position].tasks}
     yield BaseLoading(group=positions[0])  # from the first file on, the time limit is that of the base
     try:
-        from merge_gate.worker.group_bases import GroupBases, judge_pinned  # noqa: PLC0415 - imports torch and PEFT
+        from merge_gate.worker.merging.group_bases import GroupBases  # noqa: PLC0415 - imports torch and PEFT
+        from merge_gate.worker.merging.judge_groups import judge_pinned  # noqa: PLC0415
     except Exception as error:
         yield from undecided(open_tasks.values(), error)
         return
     try:
         with pinned_directory(first.directory) as directory, LocalFeed(directory, keep=not first.one_pass) as local:
-            source = part("stream", "feed").ParentFeed(client, positions[0]).begin() if first.fed and client else local
+            source = ParentFeed(client, positions[0]).begin() if first.fed and client else local
             bases = GroupBases(job=job, feed=source, report=progress, client=client)
             groups = {position: replace(job.groups[position], directory=directory) for position in positions}
             for event in judge_pinned(groups, bases):

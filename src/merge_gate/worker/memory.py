@@ -11,6 +11,7 @@ import ctypes
 import math
 from pathlib import Path
 
+from merge_gate._internal.text import gibibytes
 from merge_gate.worker.protocol import Task
 
 REUSE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(5 << 26)}
@@ -116,11 +117,6 @@ def too_large(label: str, size_bytes: int, free_bytes: int | None) -> str | None
         f"base {label} has {gibibytes(size_bytes)}, and only {gibibytes(free_bytes)} of memory are free: its adapters "
         "are merged in one pass over its files; in another dtype than the stored one, they may not fit"
     )
-
-
-def gibibytes(count: float) -> str:
-    """A number of bytes in GiB."""
-    return f"{count / 2**30:.1f} GiB"
 
 
 _LOADED_BYTES, _MAPPED_BYTES = 4, 1

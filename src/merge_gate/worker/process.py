@@ -18,13 +18,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from merge_gate._internal.private_directory import private_directory
+from merge_gate._internal.text import gibibytes
 from merge_gate.records.refusals import NotJudged
 from merge_gate.worker import protocol
 from merge_gate.worker.channel import FROM_WORKER, Channel, limits_of
 from merge_gate.worker.device import OF_DRIVERS
 from merge_gate.worker.encoding import EncodingError, GarbledError, encoded
-from merge_gate.worker.memory import REUSE, MemoryGroup, gibibytes
-from merge_gate.worker.private_directory import private_directory
+from merge_gate.worker.memory import REUSE, MemoryGroup
 from merge_gate.worker.protocol import DEFAULT_TIMEOUT_S, Event, Job
 from merge_gate.worker.sandbox import caches
 

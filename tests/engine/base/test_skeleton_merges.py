@@ -22,9 +22,9 @@ from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.merge import adapter_merge
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.threads import AHEAD
-from merge_gate.features.stream import passes
 from merge_gate.files.feed import LocalFeed
 from merge_gate.records.files import FileSpan
+from merge_gate.worker.merging import passes
 from merge_gate.worker.protocol import BaseLoaded, BaseMeasured, DeviceChosen, Event, Merged, MergeStarted
 from tests.support import methods
 from tests.support.engine.base_headers import stored_tensors

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate.features.stream import parent_feed, read_ahead
+from merge_gate.features.stream import read_ahead
+from merge_gate.worker import parent_feed
 from tests.support.hub import LoopbackHub
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 
-from merge_gate.features.stream.batches import batches, most_model_files
 from merge_gate.features.stream.feature import StreamedBases
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
@@ -14,6 +13,7 @@ from merge_gate.records.config import ALL_WEIGHTS
 from merge_gate.records.files import Fetched, Snapshot
 from merge_gate.records.measured import EarlierRun
 from merge_gate.run.flow import Run
+from merge_gate.worker.batches import batches, most_model_files
 from merge_gate.worker.protocol import ConsumerSpec, Task
 from tests.support.hub import LoopbackHub
 from tests.support.judged_entry import based_entry

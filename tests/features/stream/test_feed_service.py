@@ -18,12 +18,12 @@ import pytest
 from merge_gate._internal.errors import SourceError
 from merge_gate.features.stream.feature import StreamedBases
 from merge_gate.features.stream.feed_service import FeedService, slots
-from merge_gate.features.stream.parent_feed import BytesRequested, ParentFeed, SpansExpected
 from merge_gate.features.stream.read_ahead import CONNECTIONS, FedBase, LocalFiles
 from merge_gate.records.files import BaseFiles, FileSpan
 from merge_gate.records.terms import BaseKey, Quantization
 from merge_gate.worker.call_client import CallClient
 from merge_gate.worker.channel import LEAST, CallChannel
+from merge_gate.worker.parent_feed import BytesRequested, ParentFeed, SpansExpected
 from merge_gate.worker.protocol import Answer, Group, Idle, Job
 from tests.support.call_ends import Ends, wait_until
 

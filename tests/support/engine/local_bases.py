@@ -1,4 +1,4 @@
-"""A base on a local disk, loaded as the worker loads it (worker/group_bases.py), or by `from_pretrained`."""
+"""A base on a local disk, loaded as the worker loads it (worker/merging/group_bases.py), or by `from_pretrained`."""
 
 import shutil
 from collections.abc import Callable

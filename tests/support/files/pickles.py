@@ -22,7 +22,7 @@ def packed(pickled: bytes) -> bytes:
 
 def read_pickle(path: str) -> tuple[StoredTensor, ...] | Refusal:
     """The tensors of a pickled file, as the worker lists them."""
-    from merge_gate.worker.group_bases import listed_pickle  # noqa: PLC0415 - imports torch and PEFT
+    from merge_gate.worker.merging.group_bases import listed_pickle  # noqa: PLC0415 - imports torch and PEFT
 
     listed = listed_pickle(path)
     assert not isinstance(listed.refusal, NotJudged)

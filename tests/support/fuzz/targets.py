@@ -23,7 +23,6 @@ from merge_gate._internal.errors import ConfigError, UsageError
 from merge_gate._internal.text import has_hidden
 from merge_gate.config.load_config import load_config
 from merge_gate.features.publish.calls import PublicationPlanned, PublicationWritten
-from merge_gate.features.stream.parent_feed import BytesRequested, SpansExpected
 from merge_gate.files import adapter_config, json_object
 from merge_gate.files.headers import CorruptFileError, parse_file
 from merge_gate.judging import bounds
@@ -37,6 +36,7 @@ from merge_gate.report.stored.report_files import FORMATS
 from merge_gate.worker import protocol
 from merge_gate.worker.channel import FROM_WORKER, limits_of
 from merge_gate.worker.encoding import GarbledError, decoded, encoded
+from merge_gate.worker.parent_feed import BytesRequested, SpansExpected
 from merge_gate.worker.supervisor import Attempt
 from tests.support.judging import cases
 

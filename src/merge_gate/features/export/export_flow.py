@@ -22,6 +22,7 @@ from typing import Any
 
 from merge_gate import __version__
 from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.private_directory import private_directory
 from merge_gate._internal.regular_file import read_all
 from merge_gate._internal.text import quoted
 from merge_gate._internal.whole_file import whole_file
@@ -53,7 +54,6 @@ from merge_gate.report.stored.output_directory import explained, made_directory,
 from merge_gate.run.flow import Run
 from merge_gate.run.groups import headers_timeout_s
 from merge_gate.run.view import View
-from merge_gate.worker.private_directory import private_directory
 
 DTYPES = ("auto", "float32")
 """The dtypes in which merges are compared: the base's own, and float32."""

@@ -34,7 +34,7 @@ from merge_gate.records.refusals import Refused
 from merge_gate.worker.protocol import ForwardRunning, Task
 
 if TYPE_CHECKING:
-    from merge_gate.worker.group_bases import GroupBase, GroupBases
+    from merge_gate.worker.merging.group_bases import GroupBase, GroupBases
 
 
 MEMORY_SHARE = 0.5

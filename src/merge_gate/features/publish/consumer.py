@@ -52,7 +52,7 @@ from merge_gate.records.terms import AS_MERGED, PRESERVE, Quantization
 
 if TYPE_CHECKING:
     from merge_gate.worker.call_client import CallClient
-    from merge_gate.worker.group_bases import GroupBase, GroupBases
+    from merge_gate.worker.merging.group_bases import GroupBase, GroupBases
     from merge_gate.worker.protocol import Task
 
 _MORE_FILES = "raise the limit of open files (ulimit -n), or the size of the files with --max-shard-size"

@@ -49,7 +49,7 @@ from merge_gate.worker.protocol import Task
 
 if TYPE_CHECKING:
     from merge_gate.features.quantized.gguf_release import GgufRelease
-    from merge_gate.worker.group_bases import GroupBase, GroupBases
+    from merge_gate.worker.merging.group_bases import GroupBase, GroupBases
 
 _NOTHING_MEASURED = Measurement()
 _OF_COPIES = re.compile(r"((modules_to_save|original_module)\.)?(weight|bias)")

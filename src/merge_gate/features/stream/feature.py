@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
+from merge_gate._internal.private_directory import private_directory
 from merge_gate.features.stream.feed_service import FeedService, slots
 from merge_gate.features.stream.read_ahead import FedBase, LocalFiles
 from merge_gate.files.base_watch import base_directory
 from merge_gate.records.refusals import NotJudged
 from merge_gate.run.feature import Feature
 from merge_gate.worker.memory import MemoryGroup
-from merge_gate.worker.private_directory import private_directory
 
 if TYPE_CHECKING:
     from merge_gate.features.stream.read_ahead import BaseBytes

@@ -12,12 +12,12 @@ import threading
 from collections.abc import Callable
 
 from merge_gate._internal.errors import SourceError
-from merge_gate.features.stream.parent_feed import BytesRequested, SpansExpected
 from merge_gate.features.stream.read_ahead import CONNECTIONS, FedBase, ReadAhead, Window
 from merge_gate.files.feed import PIECE_BYTES
 from merge_gate.records.files import FileSpan
 from merge_gate.worker.call_service import CALL_CHANNELS, InvalidCallError, Service
 from merge_gate.worker.memory import MemoryGroup
+from merge_gate.worker.parent_feed import BytesRequested, SpansExpected
 
 _WINDOW_SHARE = 8
 _LEAST_SLOTS, _MOST_SLOTS = CONNECTIONS + 4, 32

@@ -11,13 +11,13 @@ from merge_gate.features.verify.comparison import SettingsFiles
 from merge_gate.features.verify.finished_model import Files, comparing
 from merge_gate.files.feed import Feed, LocalFeed
 from merge_gate.files.identity import base_identity
-from merge_gate.records.features import part
 from merge_gate.records.files import Snapshot
+from merge_gate.worker.parent_feed import ParentFeed
 from merge_gate.worker.pinned import pinned_directory, verify_base
 from merge_gate.worker.protocol import Task
 
 if TYPE_CHECKING:
-    from merge_gate.worker.group_bases import GroupBase, GroupBases
+    from merge_gate.worker.merging.group_bases import GroupBase, GroupBases
 
 
 def consumer(
@@ -64,6 +64,6 @@ def _feed_of(finished: Snapshot, bases: GroupBases) -> Feed | None:
         return None
     for position, group in enumerate(bases.job.groups):
         if group.directory == finished.directory and not group.tasks:
-            feed: Feed = part("stream", "feed").ParentFeed(bases.client, position, is_aside=True)
+            feed: Feed = ParentFeed(bases.client, position, is_aside=True)
             return feed
     return None

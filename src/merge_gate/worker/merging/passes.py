@@ -17,16 +17,9 @@ from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.records.measured import Evidence
-from merge_gate.worker.group_bases import (
-    ClassedTask,
-    GroupBase,
-    GroupBases,
-    judge_each,
-    paced,
-    request_of,
-    with_consumers,
-)
 from merge_gate.worker.memory import MemoryGroup
+from merge_gate.worker.merging.group_bases import ClassedTask, GroupBase, GroupBases
+from merge_gate.worker.merging.one_merge import judge_each, paced, request_of, with_consumers
 from merge_gate.worker.protocol import ALONE, Event, InProgress, Listener, Merged, MergeStarted, Task, undecided
 
 SKELETONS_SHARE = 4

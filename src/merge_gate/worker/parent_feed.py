@@ -1,4 +1,4 @@
-"""The feed of a base whose files the parent process reads, and its calls (feed_service.py).
+"""The feed of a base whose files the parent process reads, and its calls (features/stream/feed_service.py).
 
 In: spans that will be read, and reads. Out: the bytes of a base.
 """

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from merge_gate._internal.errors import EngineError, SourceError
+from merge_gate.engine.base import load_from_feed as whole
 from merge_gate.engine.base import loaded_base as bases
 from merge_gate.engine.base import skeleton
+from merge_gate.engine.base.load_from_feed import load_from_feed
 from merge_gate.engine.base.loaded_base import Base, ModelClass, Source
 from merge_gate.engine.base.skeleton import NoSkeletonError
 from merge_gate.engine.base.stored_spans import stored_bytes
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.quantized import is_quantized, scales
-from merge_gate.features.stream import load_from_feed as whole
-from merge_gate.features.stream.load_from_feed import load_from_feed
 from merge_gate.files.feed import LocalFeed
 from merge_gate.records.files import BaseFiles
 from merge_gate.records.refusals import CannotJudge, NotJudged

@@ -13,7 +13,7 @@ from merge_gate.worker.memory import MemoryGroup, factor_bytes
 from merge_gate.worker.protocol import ALONE
 
 if TYPE_CHECKING:
-    from merge_gate.worker.group_bases import ClassedTask
+    from merge_gate.worker.merging.group_bases import ClassedTask
 
 ADAPTERS_SHARE = 3
 """Adapters that are merged together may take a third of the free memory."""

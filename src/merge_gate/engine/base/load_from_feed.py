@@ -23,6 +23,7 @@ from torch import nn
 from transformers import core_model_loading
 
 from merge_gate._internal.errors import EngineError
+from merge_gate._internal.text import gibibytes
 from merge_gate.engine.base.loaded_base import (
     Base,
     ModelClass,
@@ -40,7 +41,6 @@ from merge_gate.files.feed import Feed
 from merge_gate.records.files import BaseFiles, StoredTensor
 from merge_gate.records.refusals import CannotJudge
 from merge_gate.records.terms import Quantization
-from merge_gate.worker.memory import gibibytes
 
 ONE_AT_A_TIME = "HF_DEACTIVATE_ASYNC_LOAD"
 """transformers' own switch. Otherwise four threads read ahead, out of order and into memory."""
