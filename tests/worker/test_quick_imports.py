@@ -21,7 +21,6 @@ from merge_gate.worker.protocol import Event, Group, Job, Merged, Task
 from merge_gate.worker.supervisor import Attempt
 from tests.support.command import environment
 from tests.support.engine.base_headers import base_files
-from tests.support.engine.merges import RUNS
 from tests.support.models import Shelf
 
 PLAIN = "import contextlib\nquick = contextlib.nullcontext()\n"
@@ -160,7 +159,7 @@ def test_the_worker_merges_as_this_process_does(shelf: Shelf, variables) -> None
         base=BaseKey(model="base", revision=None, dtype="float32", quantization="none"),
         directory=str(base),
         files=base_files(base),
-        tasks=(Task(index=0, files=(files,), consumers=RUNS),),
+        tasks=(Task(index=0, files=(files,), no_forward=""),),
     )
     job = Job(groups=(group,), device="cpu")
     heard: list[Event] = []

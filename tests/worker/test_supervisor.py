@@ -49,7 +49,6 @@ from merge_gate.worker.protocol import (
 from merge_gate.worker.supervisor import FIRST_NOTE_S, FORWARD_SHARE, Attempt, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
 from tests.support.engine.base_headers import base_files
-from tests.support.engine.merges import RUNS
 from tests.support.faults import configure
 from tests.support.models import Shelf
 from tests.support.played_worker import other_workers, plan, played_workers
@@ -79,7 +78,7 @@ def hang(files: AdapterFiles) -> AdapterFiles:
 
 
 def group(base: Path, adapters: list[AdapterFiles], *, first: int = 0) -> Group:
-    tasks = tuple(Task(index=first + n, files=(files,), consumers=RUNS) for n, files in enumerate(adapters))
+    tasks = tuple(Task(index=first + n, files=(files,), no_forward="") for n, files in enumerate(adapters))
     return Group(
         base=BaseKey(model=base.name, revision=None, dtype="float32", quantization="none"),
         directory=str(base),
@@ -304,7 +303,7 @@ def test_a_base_that_hangs_is_not_run_again(passes, shelf, adapters, tmp_path, w
     base = copied(shelf, tmp_path / "base")
     plan(base, run="hang hang")
     killer, one = Killer(), limited((one_pass if passes else group)(base, adapters), 0, 1)
-    off = one.tasks[2].without("forward", "forward is off")
+    off = replace(one.tasks[2], no_forward="forward is off")
     with played_workers(tmp_path), WorkerSlot() as worker:
         supervise(Job(groups=(replace(one, tasks=(*one.tasks[:2], off)),)), killer, worker)
     assert killer.outcomes() == dict.fromkeys(range(3), "Merged")
@@ -324,13 +323,13 @@ import merge_gate.worker.child as child
 def with_accident(import_engine=child._import_engine):
     import_engine()
     import os, signal
-    from merge_gate.features.forward import consumer
-    def run_adapters(base, models, *others, run=consumer.run_adapters):
+    from merge_gate.engine.forward import model_runs
+    def run_adapters(base, models, *others, run=model_runs.run_adapters):
         layers = (layer for model in models for layer in model.modules() if hasattr(layer, "lora_alpha"))
         if any(layer.lora_alpha["default"] == 1 for layer in layers):
             os.kill(os.getpid(), signal.SIGKILL)
         return run(base, models, *others)
-    consumer.run_adapters = run_adapters
+    model_runs.run_adapters = run_adapters
 child._import_engine = with_accident
 child.main(*descriptors)
 """
@@ -371,7 +370,7 @@ def test_a_death_of_models_is_blamed_on_no_merge(job: Job) -> None:
     assert turns(begun(job, merging, *running)) == {0: ALONE, 1: ALONE, 2: TOGETHER}
     assert turns(begun(job, merging, *running, *ended, InProgress(task=2))) == {0: TOGETHER, 1: TOGETHER, 2: SUSPECTED}
     left = begun(job, merging, *running, *ended, running[1]).remaining_job(DEATH, set())
-    assert [bool(task.why_not("forward")) for task in left.groups[0].tasks] == [False, True, False]
+    assert [bool(task.no_forward) for task in left.groups[0].tasks] == [False, True, False]
     assert {task.turn for task in left.groups[0].tasks} == {TOGETHER}
 
 
@@ -390,7 +389,7 @@ RAN = (ForwardRunning(task=0, is_running=True), ForwardRunning(task=0, is_runnin
 )
 def test_a_process_that_always_says_and_does_the_same_has_an_end(why_not, events, trio) -> None:
     """It may be in the hands of a base's code. The gate's own never says this again."""
-    tasks = tuple(task.without("forward", why_not) for task in trio.tasks[:2])
+    tasks = tuple(replace(task, no_forward=why_not) for task in trio.tasks[:2])
     left = Job(groups=(replace(trio, tasks=tasks, one_pass=True),))
     tried, processes, killer = set[tuple[str, object]](), 0, Killer()
     while left.groups[0].tasks:

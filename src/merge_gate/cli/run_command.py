@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,8 @@ from merge_gate.cli.arguments import (
     requested_config,
 )
 from merge_gate.cli.output import deliver, gate_adapters, print_document
-from merge_gate.records.features import declared, declared_keys
+from merge_gate.records.config import FILE_KEYS
+from merge_gate.records.features import WordKey, declared, declared_keys
 from merge_gate.records.options import RunOptions, is_device
 from merge_gate.run.streams import say, width_of
 
@@ -55,7 +56,7 @@ def add(commands: Commands[CommandParser]) -> None:
     run.add_argument("--device", default="auto", type=_device_argument, help="auto (default), cpu, cuda or cuda:N")
     add_output(run)
     add_reports(run)
-    for key, row in (declared_keys("BASE_KEYS") | declared_keys("FILE_KEYS")).items():
+    for key, row in {**declared_keys("BASE_KEYS"), **FILE_KEYS}.items():
         run.add_argument(f"--{key}", choices=[word.value for word in row.words], help=row.meaning)
     for add_options in declared("add_options"):
         add_options(run)
@@ -149,7 +150,7 @@ def _in_container(arguments: argparse.Namespace, begins: Callable[[], object]) -
     given = vars(arguments)
     more = [word for name in arguments.only for word in ("--only", name)]
     more += ["--refresh"] if given.get("refresh") else []
-    for name in ("policy", *declared_keys("BASE_KEYS"), *declared_keys("FILE_KEYS")):
+    for name in ("policy", *declared_keys("BASE_KEYS"), *FILE_KEYS):
         more += [f"--{name}", value] if (value := given.get(name)) else []
     more += ["--max-shard-size", f"{size / 1000:.3f}KB"] if (size := given.get("max_shard_size")) else []
     more += ["--shard", "{}/{}".format(*shard)] if (shard := given.get("shard")) else []
@@ -178,7 +179,7 @@ def _in_container(arguments: argparse.Namespace, begins: Callable[[], object]) -
 def _config(arguments: argparse.Namespace) -> Config:
     """The configuration, with what the options of features say instead."""
     config = requested_config(arguments)
-    of_base, of_adapter = _given("BASE_KEYS", arguments), _given("FILE_KEYS", arguments)
+    of_base, of_adapter = _given(declared_keys("BASE_KEYS"), arguments), _given(FILE_KEYS, arguments)
     if of_base or of_adapter:
         specs = (replace(spec, base=replace(spec.base, **of_base), **of_adapter) for spec in config.adapters)
         config = replace(config, adapters=tuple(specs))
@@ -187,8 +188,8 @@ def _config(arguments: argparse.Namespace) -> Config:
     return config
 
 
-def _given(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    return {key: row.words(word) for key, row in declared_keys(name).items() if (word := getattr(arguments, key))}
+def _given(keys: Mapping[str, WordKey], arguments: argparse.Namespace) -> dict[str, Any]:
+    return {key: row.words(word) for key, row in keys.items() if (word := getattr(arguments, key))}
 
 
 def _options(arguments: argparse.Namespace) -> RunOptions:

@@ -21,7 +21,16 @@ from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.policies import DEFAULT, POLICIES, Policy
 from merge_gate.names.hub_names import is_commit
 from merge_gate.names.suggestions import nearest
-from merge_gate.records.config import AdapterSpec, BaseSpec, CheckSetting, Combine, Config, Expect, PublishSpec
+from merge_gate.records.config import (
+    FILE_KEYS,
+    AdapterSpec,
+    BaseSpec,
+    CheckSetting,
+    Combine,
+    Config,
+    Expect,
+    PublishSpec,
+)
 from merge_gate.records.features import WordKey, declared_keys
 from merge_gate.records.terms import Quantization, Severity
 
@@ -74,7 +83,7 @@ class _Build:
         self.directory, self.output, self.policy = directory, output, policy
         self.sources: dict[str, str] = {}  # by the adapter's name
         self.base_keys = declared_keys("BASE_KEYS")
-        default = replace(_DEFAULT_ADAPTER, **_words(declared_keys("FILE_KEYS"), file, _DEFAULT_ADAPTER))
+        default = replace(_DEFAULT_ADAPTER, **_words(FILE_KEYS, file, _DEFAULT_ADAPTER))
         self.default = self._override((), file, replace(default, checks=tuple(map(policy.setting, CHECKS))))
 
     def adapters(self, entries: list[AdapterEntry]) -> tuple[AdapterSpec, ...]:

@@ -29,8 +29,8 @@ from merge_gate._internal.text import SIZE, is_inside, one_of
 from merge_gate.judging.checks.check import Check
 from merge_gate.judging.checks.table import CHECKS
 from merge_gate.judging.policies import DEFAULT, POLICIES
-from merge_gate.records.config import ALL_WEIGHTS
-from merge_gate.records.features import declared_keys
+from merge_gate.records.config import ALL_WEIGHTS, FILE_KEYS
+from merge_gate.records.features import WordKey, declared_keys
 from merge_gate.records.terms import DTYPES, Quantization
 
 _Record = TypeVar("_Record")
@@ -154,10 +154,10 @@ _WORD = BeforeValidator(lambda word: ("off", "on")[word] if isinstance(word, boo
 SeverityWord = Annotated[Literal["error", "warning", "off", "on"], _WORD]
 
 
-def _with_keys(model: type[Model], name: str) -> Any:
-    """The model with the keys that features declare under a name."""
+def _with_keys(model: type[Model], rows: Mapping[str, WordKey]) -> Any:
+    """The model with these keys."""
     keys: dict[str, Any] = {}
-    for key, row in declared_keys(name).items():
+    for key, row in rows.items():
         words: Any = Literal[tuple(map(str, row.words))]
         if "off" in get_args(words):
             words = Annotated[words, _WORD, WithJsonSchema({"enum": [*get_args(words), False]})]
@@ -186,7 +186,7 @@ class _BaseEntry(Model):
     )
 
 
-class BaseEntry(_with_keys(_BaseEntry, "BASE_KEYS")):  # type: ignore[misc] # mypy cannot see a made class
+class BaseEntry(_with_keys(_BaseEntry, declared_keys("BASE_KEYS"))):  # type: ignore[misc] # mypy cannot see a made class
     """The base that adapters are merged into."""
 
     names: Annotated[list[Text], Field(min_length=1, max_length=MAX_MEMBERS), UNIQUE] | None = None
@@ -376,7 +376,7 @@ class _FileEntry(Model):
     """Publish the merged model of each adapter that passes. Default: publish nothing."""
 
 
-class FileEntry(_with_keys(_FileEntry, "FILE_KEYS")):  # type: ignore[misc] # as above
+class FileEntry(_with_keys(_FileEntry, FILE_KEYS)):  # type: ignore[misc] # as above
     """Configuration of merge-gate."""
 
     model_config = ConfigDict(title="merge-gate configuration")

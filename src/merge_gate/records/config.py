@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from merge_gate.records.features import WordKey
 from merge_gate.records.terms import (
     Access,
     BaseKey,
@@ -20,6 +23,18 @@ COMMAND_LINE = "the command line"
 A_FILE = "a configuration file (`merge-gate init` writes one)"
 """For hints about settings that have no option. The run may be one without a file."""
 
+
+FILE_KEYS: Mapping[str, WordKey] = {
+    "forward": WordKey(
+        ForwardMode,
+        description="Whether base and adapter are run on made-up inputs: {}. With auto, they are run if activations "
+        "can leave the dtype, and the base is read whole and not streamed. With required, they are run in each dtype, "
+        "and an adapter whose model was not run is not judged. Default: auto.",
+        meaning="run base and adapter on made-up inputs, and check what their modules return: if activations can leave "
+        "the dtype (auto), never (off), or judge no adapter without it (required) (default: as in the config, or auto)",
+    )
+}
+"""Keys of a file, by field of `AdapterSpec`, that are options of `merge-gate run`, too."""
 
 ALL_WEIGHTS = "*"
 """In `BaseSpec.sha256`: the digest of all weight files together, as the report has it."""

@@ -4,7 +4,7 @@ It is the only way to a feature. A module is imported when a run asks for it, an
 
 `declared` has options, keys, fields, and messages. Every start of the command line imports it, so it imports little.
 `feature` acts in the parent (run/feature.py), and `consumer` in the worker (engine/consumer.py). `command` is a command
-(cli/parser.py), and `checks` a folder of checks (judging/checks/table.py). `directory` recognizes the directories that
+(cli/parser.py). `directory` recognizes the directories that
 a feature made (features/publish). `records` has the type of its settings in the worker, and of what it adds to the
 evidence (worker/encoding.py). `feed_service` reads a base for the worker (worker/parent_feed.py). `api` has a function
 of the Python interface. `release` measures a finished model that cannot be compared bit for bit (features/verify).
@@ -28,7 +28,6 @@ FEATURES: dict[str, dict[str, str]] = {
         "feature": "feature",
     },
     "cache": {"declared": "declared", "feature": "feature"},
-    "forward": {"declared": "declared", "feature": "feature", "consumer": "consumer", "checks": "checks"},
     "ray": {"declared": "declared", "feature": "feature"},
     "verify": {"declared": "declared", "records": "comparison", "consumer": "consumer", "command": "verify_command"},
     "quantized": {

@@ -54,7 +54,7 @@ class TensorMerge:
     `estimated`: `base_norm`, `lost_norm`, `unchanged_fraction` and DoRA's `delta_norm`
     are estimates from a sample of the rows (engine/merge/plan.py).
 
-    `keeps_rows`: no row changed by more than 0.7 times its norm (features/forward); False if not measured.
+    `keeps_rows`: no row changed by more than 0.7 times its norm (engine/forward); False if not measured.
     """
 
     module: str = reported("Module of the base.")
@@ -193,7 +193,7 @@ class BaseFigures:
 class Forward:
     """What a run of the model showed, and the comparison of its layers: merged and unmerged, on the same input.
 
-    The layers are compared in every run (engine/merge). The rest comes from features/forward, which runs base and
+    The layers are compared in every run (engine/merge). The rest comes from engine/forward, which runs base and
     adapter on made-up inputs. A figure is None if it was not measured.
     """
 

@@ -34,7 +34,7 @@ from merge_gate.report.stored.output_directory import begun_run, refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.feature import Feature, requested
-from merge_gate.run.groups import group_by_base, headers_timeout_s, placed, refuse_unread
+from merge_gate.run.groups import group_by_base, headers_timeout_s, placed, refuse_unread, with_models
 from merge_gate.run.selection import inputs_of, select
 from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.verdict_key import device_name
@@ -254,7 +254,7 @@ class Run:
         groups: Iterable[Group] = [placed(group, self.read_of(group), self.view.note) for group in grouped]
         for feature in self.features.values():
             groups = feature.schedule(tuple(groups))
-        self.groups = tuple(groups)
+        self.groups = tuple(with_models(group, self.tally.entries) for group in groups)
         for group in self.groups:
             refuse_unread(group, self.read_of(group))
         if any(group.fed for group in self.groups):

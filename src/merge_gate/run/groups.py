@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from merge_gate._internal.errors import UsageError
 from merge_gate.judging import all_checks
 from merge_gate.limits.timeout import ANSWER_TIMEOUT_S, within
 from merge_gate.records.files import Entry
-from merge_gate.records.terms import BaseKey, Read
+from merge_gate.records.terms import BaseKey, ForwardMode, Read
 from merge_gate.worker.memory import MemoryGroup, too_large
 from merge_gate.worker.protocol import DEFAULT_TIMEOUT_S, Group, Task
 
@@ -27,6 +27,9 @@ _LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal"})
 
 HEADERS_TIMEOUT_S = 60.0
 """How long reading the headers of a base on a network mount may take. Without a limit, a dead mount hangs the run."""
+
+
+_PARTLY_READ = "only what adapters touch is read of the base, so it is run only with forward: required"
 
 
 def group_by_base(entries: Iterable[tuple[int, Entry]]) -> tuple[Group, ...]:
@@ -51,6 +54,21 @@ def group_by_base(entries: Iterable[tuple[int, Entry]]) -> tuple[Group, ...]:
         )
         groups[key] = replace(group, tasks=(*group.tasks, task))
     return tuple(groups.values())
+
+
+def with_models(group: Group, entries: Sequence[Entry]) -> Group:
+    """The group, whose tasks say whether base and adapter are run as models. What a feature has said of a task stays.
+
+    Unless that is required, no model is run if that would read more of the base than the merges do.
+    """
+    tasks = []
+    for task in group.tasks:
+        entry = entries[task.index]
+        is_required = entry.spec.forward is ForwardMode.REQUIRED
+        partly_read = _PARTLY_READ if group.earlier_figures and group.in_passes and not is_required else ""
+        no_forward = (entry.no_forward or partly_read) if task.no_forward is None else task.no_forward
+        tasks.append(replace(task, no_forward=no_forward))
+    return replace(group, tasks=tuple(tasks))
 
 
 def headers_timeout_s(directory: str) -> float | None:

@@ -52,7 +52,6 @@ class ConsumerSpec:
     files: int = 0
     most_bytes: int = 0
     plain_dtype: str | None = None
-    why_not: str = ""
 
 
 @record
@@ -61,7 +60,8 @@ class Task:
 
     `index` identifies the task in events. `measure_options` says what need not be measured. `timeout_s` is the time
     limit of its merge, and of the load of its base. `turn` is `ALONE`, `TOGETHER`, or `SUSPECTED`. `consumers` take
-    part in the merge, in this order.
+    part in the merge, in this order. `no_forward` says why base and adapter are not run as models; it is empty if they
+    are, and None if nothing asks for it.
     """
 
     index: int
@@ -71,27 +71,16 @@ class Task:
     timeout_s: float = DEFAULT_TIMEOUT_S
     turn: int = TOGETHER
     consumers: tuple[ConsumerSpec, ...] = ()
+    no_forward: str | None = None
 
     @property
     def model_files(self) -> int:
         """How many files of models its consumers have open."""
         return sum(consumer.files for consumer in self.consumers)
 
-    def why_not(self, feature: str) -> str | None:
-        """Why a feature takes no part. Empty if it does; None if it is not asked for."""
-        return next((consumer.why_not for consumer in self.consumers if consumer.feature == feature), None)
-
     def with_consumer(self, consumer: ConsumerSpec) -> Task:
         """The task with one more feature, the last that takes part."""
         return replace(self, consumers=(*self.consumers, consumer))
-
-    def without(self, feature: str, why_not: str) -> Task:
-        """The task without a feature. The first reason for that counts."""
-        changed = (
-            replace(consumer, why_not=consumer.why_not or why_not) if consumer.feature == feature else consumer
-            for consumer in self.consumers
-        )
-        return replace(self, consumers=tuple(changed))
 
 
 @record

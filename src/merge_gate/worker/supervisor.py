@@ -276,7 +276,7 @@ class Attempt:
             case protocol.MergeStarted():
                 is_fit = all(map(self._is_of_base, (event.task, *event.others))) and self._are_one_pass(event)
             case protocol.ForwardRunning():
-                is_fit = self._is_of_base(event.task) and self._open[event.task][1].why_not("forward") == ""
+                is_fit = self._is_of_base(event.task) and self._open[event.task][1].no_forward == ""
             case protocol.Unjudged() if self._directory is None:  # without a device, no base is loaded
                 is_fit = event.task in self._open
             case _:
@@ -381,7 +381,7 @@ class Attempt:
         number = self._open[lost[0]][0]
         base_run = self._base_runs[number]
         if base_run == "alone":
-            lost = [task.index for task in self._tasks_of(number) if task.why_not("forward") == ""]
+            lost = [task.index for task in self._tasks_of(number) if task.no_forward == ""]
             what = "while it ran the base, without an adapter"
             for index in lost:
                 self._listen(protocol.ForwardRunning(task=index, is_running=True))
@@ -391,7 +391,7 @@ class Attempt:
             return
         for index in lost:
             number, task = self._open[index]
-            self._open[index] = number, task.without("forward", self._why(what, ending).message)
+            self._open[index] = number, replace(task, no_forward=task.no_forward or self._why(what, ending).message)
 
     def _divide_pass(self, tried: set[tuple[str, object]]) -> None:
         """Step 4: what the next process merges together, after a pass has died."""

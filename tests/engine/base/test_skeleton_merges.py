@@ -274,7 +274,7 @@ def test_a_worker_reports_the_facts_once_they_are_known(shelf: Shelf, tmp_path: 
     base = edited_base(
         shelf.base("llama"), tmp_path / "base", lambda one: one["model.norm.weight"][3:4].fill_(math.nan)
     )
-    group = group_of(base, shelf.adapter("every-projection"), shelf.adapter("plain"), consumers=())
+    group = group_of(base, shelf.adapter("every-projection"), shelf.adapter("plain"), no_forward=None)
     in_pass, whole = (
         [
             event
@@ -348,7 +348,7 @@ def test_bases_that_hold_much_for_good_have_passes_of_their_own(shelf: Shelf, mo
     monkeypatch.setattr(passes, "fit", lambda *_: False)
     base, adapter = shelf.base("llama"), shelf.adapter("every-projection")
     groups = [
-        group_of(base, adapter, dtype=dtype, first=index, consumers=(), one_pass=True)
+        group_of(base, adapter, dtype=dtype, first=index, no_forward=None, one_pass=True)
         for index, dtype in enumerate(("bfloat16", "float16"))
     ]
     events = events_of(*groups)

@@ -38,7 +38,6 @@ from tests.support.engine import publish_layouts
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
 from tests.support.engine.jobs import events_as_they_come, events_of, group_of
-from tests.support.engine.merges import RUNS
 from tests.support.engine.plain_merge import peft_merge
 from tests.support.engine.published import (
     Sent,
@@ -364,9 +363,9 @@ def four_adapters(shelf: Shelf, place: Path, publish: str, *, one_pass: bool) ->
     refused = shutil.copytree(shelf.adapter("plain"), place / "refused")
     configure(target_modules=["absent"])(refused)
     adapters = (shelf.adapter("every-projection"), shelf.adapter("modules-to-save"), refused, shelf.adapter("plain"))
-    dtype, consumers = "auto" if publish == "preserve" else publish, (*RUNS, publishing(publish))
+    dtype, consumers = "auto" if publish == "preserve" else publish, (publishing(publish),)
     group = group_of(shelf.base("llama"), *adapters, dtype=dtype, consumers=consumers, one_pass=one_pass)
-    return replace(group, tasks=(*group.tasks[:3], replace(group.tasks[3], consumers=RUNS)))
+    return replace(group, tasks=(*group.tasks[:3], replace(group.tasks[3], consumers=())))
 
 
 @pytest.mark.parametrize("publish", ["preserve", "bfloat16"])
@@ -405,14 +404,14 @@ def test_a_pass_that_publishes_reads_what_any_pass_reads(
     assert kept.events_of(group)
     publishing = sorted(reads)
     reads.clear()
-    plain = replace(group, tasks=tuple(replace(task, consumers=RUNS) for task in group.tasks))
+    plain = replace(group, tasks=tuple(replace(task, consumers=()) for task in group.tasks))
     assert events_of(plain)
     assert publishing == sorted(reads)
 
 
 def test_the_worker_publishes_a_quantized_base_plainly(kept: Kept, shelf: Shelf) -> None:
     directory, adapter = shelf.base("llama"), shelf.adapter("plain")
-    consumers = (*RUNS, publishing("bfloat16"))
+    consumers = (publishing("bfloat16"),)
     group = group_of(directory, adapter, dtype="bfloat16", quantization="bnb-8bit", consumers=consumers)
     merged = next(event for event in kept.events_of(group) if isinstance(event, Merged))
     assert merged.evidence.base.quantization == "bnb-8bit"

@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from merge_gate.engine.base.made_up_inputs import Inputs, candidates
+from merge_gate.engine.forward.lockstep import ModelRun
 from merge_gate.engine.tensors import module_copies
-from merge_gate.features.forward.lockstep import ModelRun
 from tests.support.engine import architectures
 from tests.support.methods import quiet, same_tensor
 
@@ -34,8 +36,8 @@ class Outcome:
 
     `inputs` and `number` are the first inputs that ran the whole model, and how many were tried; `failure` is why the
     first ones did not. `share` is the share of parameters that were read, `unlike` the dtypes in which the model does
-    not run or is not finite. `twice` are the modules that lockstep filled more than once, although no weight of them is
-    tied and the model calls them once.
+    not run or is not finite. `twice` are the modules that lockstep filled more often than the model, alone, comes back
+    to them from other modules.
     `differs` says which layers compute another thing once they are merged.
     """
 
@@ -99,7 +101,7 @@ def outputs(model: Any, inputs: Inputs) -> list[torch.Tensor]:
 
 def floating(returned: Any) -> list[torch.Tensor]:
     """The floating tensors in what a model returns."""
-    from merge_gate.features.forward.activations import tensors_of  # noqa: PLC0415 - the inputs need no feature
+    from merge_gate.engine.forward.activations import tensors_of  # noqa: PLC0415 - the inputs need no feature
 
     return list(tensors_of(returned))
 
@@ -113,14 +115,8 @@ def returned(model: Any, inputs: Inputs) -> Any:
 
 
 def _facts(architecture: architectures.Architecture, model: Any, inputs: Inputs, measure: Measure) -> dict[str, Any]:
-    calls: Counter[str] = Counter()
-    hooks = [
-        module.register_forward_hook(lambda *_, path=path: calls.update([path]))
-        for path, module in model.named_modules()
-    ]
-    of_base = outputs(model, inputs)
-    for hook in hooks:
-        hook.remove()
+    with _Reads(model) as reads:
+        of_base = outputs(model, inputs)
     facts: dict[str, Any] = {
         "repeats": alike(of_base, outputs(model, inputs)),
         "finite": all(bool(torch.isfinite(one).all()) for one in of_base),
@@ -135,12 +131,9 @@ def _facts(architecture: architectures.Architecture, model: Any, inputs: Inputs,
         facts["adapter"] = sentence(error)
     models, expected = [model, *([unmerged] if unmerged else [])], [of_base, *([of_adapter] if unmerged else [])]
     runs, filled = in_lockstep(models, inputs, model)
-    holders = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
-    again = {name.rpartition(".")[0] for name, one in model.named_parameters() if holders[id(one)] > 1}
-    again |= {path for path in calls if calls[path] > 1}
     sizes = {name: one.numel() for name, one in model.named_parameters()}
     facts["share"] = sum(sizes[name] for name in filled) / max(1, sum(sizes.values()))
-    facts["twice"] = tuple(sorted({name.rpartition(".")[0] for name in filled if filled[name] > 1} - again))
+    facts["twice"] = tuple(sorted({name.rpartition(".")[0] for name in filled if filled[name] > reads.needed[name]}))
     facts["lockstep"] = next(
         (
             f"{who}: {sentence(run.error) if run.error else 'other bits'}"
@@ -152,9 +145,34 @@ def _facts(architecture: architectures.Architecture, model: Any, inputs: Inputs,
     return facts | measure(model, adapted, inputs, of_base, of_adapter)
 
 
+class _Reads(TorchDispatchMode):
+    """How often each parameter has to be filled for the operations of a model: once for each stay in its module."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._names = {one.untyped_storage().data_ptr(): name for name, one in model.named_parameters()}
+        self._modules, self._here = set[str](), set[str]()
+        self.needed = Counter[str]()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        returned = function(*args, **kwargs or {})
+        given = [one for one in _pytree.tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+        made = [one for one in _pytree.tree_leaves(returned) if isinstance(one, torch.Tensor)]
+        memory = {one.untyped_storage().data_ptr() for one in made}
+        places = {one.untyped_storage().data_ptr() for one in given} - memory  # a view reads no values
+        names = {self._names[place] for place in places if place in self._names}
+        if names:
+            modules = {name.rpartition(".")[0] for name in names}
+            if modules != self._modules:
+                self._modules, self._here = modules, set()
+            self.needed.update(names - self._here)
+            self._here |= names
+        return returned
+
+
 def in_lockstep(models: list[Any], inputs: Inputs, base: nn.Module) -> tuple[list[ModelRun], Counter[str]]:
     """Run them, with NaN in the base's tensors except while they are filled. How often each was filled."""
-    from merge_gate.features.forward.lockstep import ModelRun, run_together  # noqa: PLC0415
+    from merge_gate.engine.forward.lockstep import ModelRun, run_together  # noqa: PLC0415
 
     tensors = {name: one for name, one in base.named_parameters() if one.is_floating_point() and one.numel()}
     values = {name: one.detach().clone() for name, one in tensors.items()}

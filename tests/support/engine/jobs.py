@@ -13,7 +13,6 @@ from merge_gate.worker import sandbox
 from merge_gate.worker.child import judge_job
 from merge_gate.worker.protocol import ConsumerSpec, Event, Group, Job, Task
 from tests.support.engine.base_headers import base_files
-from tests.support.engine.merges import RUNS
 
 
 def group_of(
@@ -22,7 +21,8 @@ def group_of(
     dtype: str = "auto",
     quantization: str = "none",
     first: int = 0,
-    consumers: tuple[ConsumerSpec, ...] = RUNS,
+    consumers: tuple[ConsumerSpec, ...] = (),
+    no_forward: str | None = "",
     **fields: Any,
 ) -> Group:
     """A base with its adapters. Their tasks have numbers from `first` on; `fields` are others of the group."""
@@ -31,7 +31,10 @@ def group_of(
         "base": BaseKey(model="base", revision=None, dtype=dtype, quantization=quantization),
         "directory": str(directory),
         "files": base_files(directory),
-        "tasks": tuple(Task(index=index, files=(one,), consumers=consumers) for index, one in enumerate(read, first)),
+        "tasks": tuple(
+            Task(index=index, files=(one,), consumers=consumers, no_forward=no_forward)
+            for index, one in enumerate(read, first)
+        ),
     }
     return Group(**made | fields)
 

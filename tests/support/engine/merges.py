@@ -7,24 +7,19 @@ from typing import Any
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.consumer import Consumer
+from merge_gate.engine.forward.model_runs import ModelRuns
 from merge_gate.files.preflight import preflight
 from merge_gate.records.config import Combine
-from merge_gate.records.features import FEATURES, part
 from merge_gate.records.files import AdapterFiles
 from merge_gate.records.measured import MEASURE_ALL, Evidence, MeasureOptions
-from merge_gate.worker.protocol import ConsumerSpec
 
 NOT_RUN = "only the merge is of interest"
 """A reason for `no_forward`: a run takes as long as the merge of a tiny adapter."""
 
 
-RUNS = (ConsumerSpec(feature="forward"),)
-"""The consumers of a task that publishes and compares nothing."""
-
-
 def runs(**options: Any) -> tuple[Consumer, ...]:
     """The run of the models that a merge has by default."""
-    return (part("forward", "consumer").ModelRuns(**options),) if "forward" in FEATURES else ()
+    return (ModelRuns(**options),)
 
 
 def merge_adapter(

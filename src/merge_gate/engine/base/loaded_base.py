@@ -124,7 +124,7 @@ class Base:
     tensors to the first. `newly_initialized` names tensors that the files lack, or have in another size. `template` is
     a scratch copy that the last adapter left unchanged, for the next adapter (inject.py), and `pattern` one that is
     in use, to be copied for another adapter of the same pass. `direct_reads` is what the forward reads without calling
-    layers, once it is traced (probes.py). `ran` is what it returned for made-up inputs (features/forward/run.py).
+    layers, once it is traced (probes.py). `ran` is what it returned for made-up inputs (engine/forward/run.py).
     `map` is known if its headers allow one, and `named` is the class that users load, with its own map
     (served_class.py). The tensors are in host memory, quantized ones on `device`.
 

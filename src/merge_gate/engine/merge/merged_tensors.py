@@ -62,7 +62,7 @@ def of_tensor(
         tensor: the merged tensor in its final form.
         exact: W + delta before it was rounded to the final dtype, float32. The loss is measured against it.
         rounding_share: a delta that is at most this share of the weight is only rounding.
-        rows: compare the rows of a weight (features/forward).
+        rows: compare the rows of a weight (engine/forward).
     """
     with base.filled([base.first_name(name)]):
         return _compared(base, module, name, tensor, exact, rounding_share=rounding_share, rows=rows)

@@ -157,7 +157,6 @@ def export(
 
 def _gated(config: Config, view: View, merges: KeptMerges) -> Report:
     with contextlib.closing(Run(config, OPTIONS, view, features={"export": merges})) as run:
-        run.join_feature("forward")
         return run.run()
 
 

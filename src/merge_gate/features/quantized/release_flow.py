@@ -81,7 +81,7 @@ def _is_mlx(files: BaseFiles) -> bool:
     return any({f"{name.removesuffix('weight')}{part}" for part in ("scales", "biases")} <= names for name in codes)
 
 
-def groups_of(merged: Snapshot, entry: Entry, groups: Sequence[Group], more: Sequence[ConsumerSpec]) -> Iterator[Group]:
+def groups_of(merged: Snapshot, entry: Entry, groups: Sequence[Group], *, no_forward: str) -> Iterator[Group]:
     """The groups, with a measurement of each task in float32: the release may have been quantized from it.
 
     The files next to the weights are compared with those of the first task, whose adapter `entry` has.
@@ -92,9 +92,9 @@ def groups_of(merged: Snapshot, entry: Entry, groups: Sequence[Group], more: Seq
             replace(
                 task,
                 turn=ALONE,
+                no_forward=no_forward,
                 consumers=(
                     *task.consumers,
-                    *more,
                     ConsumerSpec(
                         feature="quantized",
                         settings=ReleaseFiles(release=merged, files=files if task.index == 0 else ()),

@@ -72,7 +72,8 @@ def read_settings(
         actual: the configuration of the finished model.
         expectation: what the conditions of the rows depend on, as far as the tensors tell.
     """
-    with tempfile.TemporaryDirectory() as place, warnings.catch_warnings():
+    # A thread that takes too long may still write there.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         first, second, written, older = (Path(place, name) for name in ("expected", "merged", "written", "older"))
         _link(first, dict(files.expected))

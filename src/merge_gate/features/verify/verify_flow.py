@@ -52,7 +52,7 @@ from merge_gate.worker.supervisor import WorkerSlot
 DEVICE = "cpu"
 """Other devices may round otherwise."""
 
-_NO_MODEL = ConsumerSpec(feature="forward", why_not="merge-gate verify compares values, and runs no model")
+_NO_MODEL = "merge-gate verify compares values, and runs no model"
 
 
 def verify_record(
@@ -206,7 +206,7 @@ class Verification(Feature):
         if not groups or not isinstance(merged, Snapshot):
             return
         if self._release is not None:
-            yield from self._release.groups_of(merged, self._run.tally.entries[0], groups, [_NO_MODEL])
+            yield from self._release.groups_of(merged, self._run.tally.entries[0], groups, no_forward=_NO_MODEL)
             return
         settings, files = settings_files(merged, self._run.tally.entries[0]), merged.base_files
         assert files is not None  # noqa: S101 - it was resolved as a base
@@ -214,7 +214,7 @@ class Verification(Feature):
             tasks = []
             for task in group.tasks:
                 consumer = ConsumerSpec(feature="verify", settings=(merged, settings if task.index == 0 else None))
-                tasks.append(replace(task, turn=ALONE, consumers=(*task.consumers, _NO_MODEL, consumer)))
+                tasks.append(replace(task, turn=ALONE, consumers=(*task.consumers, consumer), no_forward=_NO_MODEL))
             yield replace(group, tasks=tuple(tasks))
         key = BaseKey(model=merged.name, revision=merged.revision, dtype="auto", quantization=Quantization.NONE.value)
         yield Group(base=key, directory=merged.directory, files=files, fed=True, tasks=())

@@ -1,8 +1,8 @@
 """The one table of checks, in the order of blame.
 
-In: the modules of this folder, and of the folders of checks that features have; one that has the name of a check is
-that check. Out: `CHECKS`, and what makes the findings of refusals. The first check that fires is the cause: a NaN of
-the base before one of the adapter before one that the merge made. Knows no configuration and no measurement.
+In: the modules of this folder; one that has the name of a check is that check. Out: `CHECKS`, and what makes the
+findings of refusals. The first check that fires is the cause: a NaN of the base before one of the adapter before one
+that the merge made. Knows no configuration and no measurement.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from types import MappingProxyType
 
 from merge_gate.judging import checks as own_checks
 from merge_gate.judging.checks.check import Check
-from merge_gate.records.features import parts
 from merge_gate.records.terms import Finding
 
-_FOLDERS = [own_checks, *(folder for _, folder in parts("checks"))]
 _MODULES = [
-    vars(import_module(f"{folder.__name__}.{path.stem}"))
-    for folder in _FOLDERS
-    for path in sorted(Path(folder.__path__[0]).glob("*.py"))
+    vars(import_module(f"{own_checks.__name__}.{path.stem}"))
+    for path in sorted(Path(own_checks.__path__[0]).glob("*.py"))
     if path.stem not in {"__init__", "check", "phrases", "table"}
 ]
 _ROWS = [row for module in _MODULES for row in module.values() if isinstance(row, Check)]

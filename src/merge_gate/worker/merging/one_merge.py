@@ -12,14 +12,24 @@ from dataclasses import replace
 
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import MergeRequest
-from merge_gate.records.features import FEATURES, part
+from merge_gate.engine.consumer import Consumer
+from merge_gate.records.features import part
 from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import Refused
 from merge_gate.worker.memory import MemoryGroup
 from merge_gate.worker.merging.group_bases import ClassedTask, GroupBase, GroupBases
 from merge_gate.worker.merging.pattern_trial import try_patterns
 from merge_gate.worker.pinned import pinned_adapter
-from merge_gate.worker.protocol import Event, Listener, Merged, MergeProgressed, MergeStarted, Task, undecided
+from merge_gate.worker.protocol import (
+    Event,
+    ForwardRunning,
+    Listener,
+    Merged,
+    MergeProgressed,
+    MergeStarted,
+    Task,
+    undecided,
+)
 
 PROGRESS_S = 0.1
 """The least time between two events of progress: showing one takes time from a core that merges."""
@@ -47,7 +57,7 @@ def request_of(
         measure_options=task.measure_options,
         progress=progress,
         free_bytes=MemoryGroup().left_bytes(),
-        no_forward=task.why_not("forward") or "",
+        no_forward=task.no_forward or "",
     )
 
 
@@ -57,12 +67,21 @@ def with_consumers(
     """The request with the consumers that the task asks for, in the place of those of an earlier merge."""
     load.close(task.index)
     for asked in task.consumers:
-        if asked.why_not or asked.feature not in FEATURES:
-            continue
         consumer = part(asked.feature, "consumer").consumer(asked.settings, task, load, bases, pinned)
         if consumer is not None:
             load.consumers[task.index] = (*load.consumers.get(task.index, ()), consumer)
+    if task.no_forward == "":
+        load.consumers[task.index] = (*load.consumers.get(task.index, ()), _model_runs(task, load, bases))
     return replace(request, consumers=load.consumers.get(task.index, ()))
+
+
+def _model_runs(task: Task, load: GroupBase, bases: GroupBases) -> Consumer:
+    from merge_gate.engine.forward.model_runs import ModelRuns  # noqa: PLC0415 - not every run needs it
+
+    return ModelRuns(
+        lambda is_running: bases.report(ForwardRunning(task=task.index, is_running=is_running)),
+        tries_base=load.group.base_run == "alone",
+    )
 
 
 def paced(progress: Listener, task: int) -> Callable[[int, int, str], None]:

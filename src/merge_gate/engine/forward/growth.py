@@ -26,8 +26,8 @@ with no norm in between. It does not see a base whose own values are NaN, or nea
 from __future__ import annotations
 
 from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.forward.run import why_not_run
 from merge_gate.engine.tensors.measure import SMALL
-from merge_gate.features.forward.run import why_not_run
 from merge_gate.records.measured import Evidence, TensorMerge
 
 MOST = 4.0

@@ -12,8 +12,8 @@ from peft.tuners.lora import layer as lora_layer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from merge_gate.features.forward import lockstep
-from merge_gate.features.forward.lockstep import ModelRun, run_together, with_norms_in_blocks
+from merge_gate.engine.forward import lockstep
+from merge_gate.engine.forward.lockstep import ModelRun, run_together, with_norms_in_blocks
 from tests.support.engine.blocks_layers import tuner_layer
 from tests.support.engine.forward_trials import in_lockstep, trial
 

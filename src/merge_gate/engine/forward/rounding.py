@@ -32,11 +32,11 @@ from transformers.pytorch_utils import Conv1D
 
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.made_up_inputs import Inputs, candidates
+from merge_gate.engine.forward.activations import tensors_of
+from merge_gate.engine.forward.lockstep import ModelRun, run_together, with_norms_in_blocks
 from merge_gate.engine.tensors import module_copies
 from merge_gate.engine.tensors.lazy_tensors import LazyGroup, LazyTensors, Tensors
 from merge_gate.engine.tensors.measure import shares_storage
-from merge_gate.features.forward.activations import tensors_of
-from merge_gate.features.forward.lockstep import ModelRun, run_together, with_norms_in_blocks
 from merge_gate.records.measured import Forward
 
 LEAST_EFFECT = 40

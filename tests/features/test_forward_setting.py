@@ -87,14 +87,12 @@ def test_a_report_of_an_earlier_version_has_no_run() -> None:
     assert main(["report", "show", "merge-gate-report"]) == 0
 
 
-def tasks_of(*words: str, **config: Any) -> list[str]:
+def tasks_of(*words: str, **config: Any) -> list[str | None]:
     """Why the tasks of a run are not to be run as models."""
-    reasons: list[str] = []
+    reasons: list[str | None] = []
 
     def listen(supervise: Callable[..., None], job: protocol.Job, *rest: Any) -> None:
-        for group in job.groups:
-            asked = ([one for one in task.consumers if one.feature == "forward"] for task in group.tasks)
-            reasons.extend(specs[0].why_not if specs else "off" for specs in asked)
+        reasons.extend(task.no_forward for group in job.groups for task in group.tasks)
         supervise(job, *rest)
 
     gate_listened(listen, *words, changes={}, **config)
@@ -104,8 +102,8 @@ def tasks_of(*words: str, **config: Any) -> list[str]:
 def test_the_worker_is_told_whether_to_run_the_model() -> None:
     assert tasks_of() == [""]
     assert tasks_of(forward="required") == [""]
-    assert tasks_of(forward="off") == ["off"]
-    assert tasks_of("--forward", "off", forward="required") == ["off"]
+    assert tasks_of(forward="off") == ["forward is off"]
+    assert tasks_of("--forward", "off", forward="required") == ["forward is off"]
 
 
 @pytest.mark.parametrize(
@@ -119,7 +117,7 @@ def test_a_base_that_is_partly_read_is_run_only_if_required(
     records = (BaseFigures(model_class="Odd", figures=()),)
     monkeypatch.setattr(flow, "placed", lambda group, *_: replace(group, one_pass=one_pass, earlier_figures=records))
     (why,) = tasks_of(forward=forward)
-    assert (not why) is is_run
+    assert (why == "") is is_run
 
 
 def test_the_setting_counts_in_a_cached_verdict() -> None:

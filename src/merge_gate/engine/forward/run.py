@@ -31,11 +31,11 @@ from transformers import PreTrainedConfig
 from merge_gate.engine.base.direct_reads import has_foreign_code
 from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.base.made_up_inputs import POSITIONS, Inputs, candidates, missing_inputs
+from merge_gate.engine.forward.activations import Activations, tensors_of, watched
+from merge_gate.engine.forward.lockstep import ModelRun, run_together, with_norms_in_blocks
+from merge_gate.engine.forward.rounding import MergedModel, with_output_error
 from merge_gate.engine.tensors import module_copies
 from merge_gate.engine.tensors.measure import dtype_max
-from merge_gate.features.forward.activations import Activations, tensors_of, watched
-from merge_gate.features.forward.lockstep import ModelRun, run_together, with_norms_in_blocks
-from merge_gate.features.forward.rounding import MergedModel, with_output_error
 from merge_gate.records.measured import Forward
 from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Origin, Quantization

@@ -14,8 +14,8 @@ from torch import nn
 from merge_gate.engine.adapter_evidence import merge, merge_together
 from merge_gate.engine.base.loaded_base import Base, ModelClass
 from merge_gate.engine.base.made_up_inputs import candidates
-from merge_gate.features.forward.rounding import MergedModel
-from merge_gate.features.forward.run import MOST_NAMED, is_close, run_adapters, run_merged
+from merge_gate.engine.forward.rounding import MergedModel
+from merge_gate.engine.forward.run import MOST_NAMED, is_close, run_adapters, run_merged
 from merge_gate.files.preflight import preflight
 from merge_gate.judging.adapter_report import merged_report
 from merge_gate.records.config import ForwardMode

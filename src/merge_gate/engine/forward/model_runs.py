@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -23,30 +22,17 @@ from merge_gate.engine.adapter.load_adapter import ADAPTER_NAME, Loaded
 from merge_gate.engine.adapter_evidence import MergeAttempt, quiet
 from merge_gate.engine.base.loaded_base import Base, first_line
 from merge_gate.engine.consumer import Consumer, WholeTensors
+from merge_gate.engine.forward.growth import may_stay, why_left_out
+from merge_gate.engine.forward.rounding import MergedModel, with_rounding
+from merge_gate.engine.forward.run import is_close, run_adapters, run_merged
 from merge_gate.engine.merge.adapter_merge import AdapterMerge
 from merge_gate.engine.merge.one_pass import merge_planned
 from merge_gate.engine.tensors.measure import shares_storage
-from merge_gate.features.forward.growth import may_stay, why_left_out
-from merge_gate.features.forward.rounding import MergedModel, with_rounding
-from merge_gate.features.forward.run import is_close, run_adapters, run_merged
 from merge_gate.records.measured import Evidence, Forward, MeasureOptions
 from merge_gate.records.refusals import Refused
-from merge_gate.worker.protocol import ForwardRunning, Task
-
-if TYPE_CHECKING:
-    from merge_gate.worker.merging.group_bases import GroupBase, GroupBases
-
 
 MEMORY_SHARE = 0.5
 """The merged tensors may take this share of the free memory."""
-
-
-def consumer(_settings: object, task: Task, loaded: GroupBase, bases: GroupBases, _pinned: ExitStack) -> ModelRuns:
-    """The runs of a task's models."""
-    return ModelRuns(
-        lambda is_running: bases.report(ForwardRunning(task=task.index, is_running=is_running)),
-        tries_base=loaded.group.base_run == "alone",
-    )
 
 
 class ModelRuns(Consumer):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from merge_gate.engine.base import direct_reads
-from merge_gate.features.forward import lockstep
+from merge_gate.engine.forward import lockstep
 from merge_gate.records.terms import Verdict
 from tests.support.command import Answer, merge_gate, strict_json
 from tests.support.engine import architectures

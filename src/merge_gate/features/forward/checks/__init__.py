@@ -1,1 +1,0 @@
-"""The checks of what modules return when base and adapter run as models."""
