@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from merge_gate.engine.forward import lockstep
 from merge_gate.engine.forward.lockstep import ModelRun, run_together, with_norms_in_blocks
-from tests.support.engine.blocks_layers import tuner_layer
+from tests.support.engine.blocks_layers import threads, tuner_layer
 from tests.support.engine.forward_trials import in_lockstep, trial
 
 SAMPLE = ("llama", "gpt2", "t5", "mixtral", "gpt_oss", "mamba", "jamba", "whisper", "vilt")
@@ -23,7 +23,8 @@ SAMPLE = ("llama", "gpt2", "t5", "mixtral", "gpt_oss", "mamba", "jamba", "whispe
 
 @pytest.mark.parametrize("model_type", SAMPLE)
 def test_base_and_adapter_give_the_bits_of_runs_alone(model_type: str) -> None:
-    outcome = trial(model_type)
+    with threads(1):  # as the lockstep has
+        outcome = trial(model_type)
     assert (outcome.lockstep, outcome.twice, outcome.repeats, outcome.finite) == (None, (), True, True), outcome
     assert outcome.share == pytest.approx(1.0)
 
