@@ -26,8 +26,10 @@ COMMANDS: tuple[str, ...] = (
     "check a --base {}", "check {}", "run {}", "run {}.yml", "run a --base {}", "check a --base llama --expect base={}",
     "check a --report {}=x", "check a --set no-effect={}", "check a --expect {}", "run a --base {} --plan",
     *(f"run a --base llama --plan {option} {{}}"
-      for option in ("--access", "--device", "--dtype", "--expect", "--forward", "--gpus", "--max-shard-size", "--only",
-                     "--policy", "--publish", "--quantization", "--revision", "--set", "--shard")),
+      for option in ("--access", "--cache", "--device", "--dtype", "--expect", "--forward", "--gpus", "--image",
+                     "--max-shard-size", "--only", "--policy", "--publish", "--quantization", "--revision", "--set",
+                     "--shard")),
+    "run a --base llama --ray {}", "run a --base llama --image {}",
     "verify {}", "verify llama --base {} --adapter a", "verify llama --base llama --adapter {}",
     "export {} --base llama --output out", "export a --base {} --output out",
     "report show {}", "report diff {} {}", "report combine {} --output out", "report baseline {}", "explain {}",
