@@ -39,10 +39,16 @@ def test_the_child_gets_no_token_and_no_network(variables) -> None:
         directory = Path(f"/proc/{child._process.pid}/cwd").resolve()
     assert "hf_secret" not in seen.values()
     assert seen["HF_HUB_OFFLINE"] == seen["TRANSFORMERS_OFFLINE"] == "1"
-    assert seen["USE_HUB_KERNELS"] == "0"
     assert directory != Path.cwd()
     assert seen["TMPDIR"] == str(directory)
     assert not directory.exists()
+
+
+def test_no_code_comes_from_the_hubs_cache() -> None:
+    """transformers replaces layers, and bitsandbytes an operation, by kernels that are there, signed or not."""
+    env = child_environment({"HF_HOME": "/cache", "KERNELS_CACHE": "/cache", "USE_HUB_KERNELS": "1"})
+    assert env["HF_HOME"] == "/cache"
+    assert (env["USE_HUB_KERNELS"], env["KERNELS_CACHE"]) == ("0", os.devnull)
 
 
 def _environment_of(pid: int) -> dict[str, str]:

@@ -47,7 +47,8 @@ WITHHELD = re.compile("TOKEN|SECRET|KEY|PASS|CREDENTIAL|AUTH|TF32")  # TF32 roun
 OFFLINE = {
     "HF_HUB_OFFLINE": "1",
     "TRANSFORMERS_OFFLINE": "1",
-    "USE_HUB_KERNELS": "0",  # transformers replaces no layer by code from the Hub or its cache
+    "USE_HUB_KERNELS": "0",  # transformers replaces no layer by code from the Hub or its cache,
+    "KERNELS_CACHE": os.devnull,  # and bitsandbytes no operation
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
