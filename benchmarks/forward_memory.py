@@ -30,8 +30,8 @@ from merge_gate.engine.adapter.load_adapter import load_adapter
 from merge_gate.engine.adapter.peft_config import read_weights
 from merge_gate.engine.base.loaded_base import ModelClass
 from merge_gate.engine.base.skeleton import skeleton_of
-from merge_gate.engine.merge.private_copies import map_factors
 from merge_gate.engine.forward.run import run_adapters
+from merge_gate.engine.merge.private_copies import map_factors
 from merge_gate.files.preflight import preflight
 from tests.support.engine.base_headers import stored_tensors
 from tests.support.engine.fed_bases import CountingFeed, source
