@@ -44,7 +44,7 @@ class ConsumerSpec:
     """A feature that takes part in a merge (engine/consumer.py), with `settings` of its own.
 
     It has about so many `files` open, none above `most_bytes`. `plain_dtype`: it needs a quantized base with plain
-    weights in this dtype. `why_not`: it takes no part, for this reason.
+    weights in this dtype.
     """
 
     feature: str
