@@ -310,7 +310,7 @@ def test_dtypes_and_classes_of_a_base_are_read_in_one_pass(threads, shelf, varia
 
     monkeypatch.setattr(LocalFeed, "read", read)
     adapters = (shelf.adapter("every-projection"), shelf.adapter("dora-all-linear"))
-    options: dict[str, Any] = {"consumers": (), "one_pass": True}
+    options: dict[str, Any] = {"no_forward": None, "one_pass": True}
     groups = (
         group_of(directory, *adapters, classifier, dtype="bfloat16", **options),
         group_of(directory, *adapters, dtype="float32", first=3, **options),
