@@ -8,9 +8,8 @@ bytes that came from the disk. Another line for each row has the medians. With `
 with the gate in DIR/.venv, which is a checkout of another version; the last line of a row compares the two.
 
 Rows `cached-…` run with the base in the page cache, rows `local-…` with a cold one and within a limit. Rows `stream-…`
-read the base from hub_server.py by ranges; `touched-…` repeat a run with the base record that a first run left in the
-cache, so that no file has a SHA-256. Needs root (cgroups, the page cache). Bases and adapters are made in DIR, 16 GB
-for `local-7b-…`. `--size tiny` is a smoke run.
+read the base from hub_server.py by ranges. Needs root (cgroups, the page cache). Bases and adapters are made in DIR,
+16 GB for `local-7b-…`. `--size tiny` is a smoke run.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ from limited import Limited, drop_caches, run
 from make_adapters import make_adapters
 from make_base import SIZES, make_base
 from rows import ROWS as CACHED
-from safetensors.torch import load_file, save_file
 
 HERE = Path(__file__).parent
 GIB = 1 << 30
@@ -46,19 +44,13 @@ RATE = 200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """`job` on a base of `size` within `max_bytes`.
-
-    `targets` are all linear layers if it is empty. `warm`: a first run leaves a base record, and is not measured.
-    `is_cached`: the base's files are in the page cache.
-    """
+    """`job` on a base of `size` within `max_bytes`. `is_cached`: the base's files are in the page cache."""
 
     size: str
     job: Job = field(default_factory=Job)
     max_bytes: int | None = None
     streams: bool = False
     rate: float = 0.0
-    targets: tuple[str, ...] = ()
-    warm: bool = False
     is_cached: bool = False
 
 
@@ -77,9 +69,7 @@ ROWS = {
     "stream-1.1b-8": replace(STREAMED, size="1.1b", job=Job(count=8)),
     "stream-8b-1": STREAMED,
     "stream-8b-8": replace(STREAMED, job=Job(count=8)),
-    "touched-8b": replace(STREAMED, job=Job(count=2), targets=("q_proj", "v_proj"), warm=True),
     "stream-70b-2": Row(size="70b", job=Job(count=2), streams=True),
-    "touched-70b-2": Row(size="70b", job=Job(count=4), streams=True, warm=True),
     "stream-70b-2-slice": Row(size="70b-slice", job=Job(count=2), streams=True),
 }
 
@@ -112,19 +102,6 @@ def config(row: Row, base: str, adapters: list[Path]) -> str:
     return json.dumps({"version": 1, "base": settings, "adapters": entries})
 
 
-def targeted(paths: list[Path], targets: tuple[str, ...], directory: Path) -> list[Path]:
-    """The adapters, cut down to some of their modules."""
-    for path in paths if targets else []:
-        kept = directory / path.name
-        kept.mkdir(parents=True, exist_ok=True)
-        settings = json.loads((path / "adapter_config.json").read_text())
-        (kept / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": list(targets)}))
-        tensors = load_file(path / "adapter_model.safetensors")
-        named = {name: one for name, one in tensors.items() if any(f".{target}." in name for target in targets)}
-        save_file(named, kept / "adapter_model.safetensors", metadata={"format": "pt"})
-    return [directory / path.name for path in paths] if targets else paths
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
     """A row whose inputs are there. `python` runs the gate's version that is measured."""
@@ -143,30 +120,21 @@ class Prepared:
         (self.work / "merge-gate.yml").write_text(config(self.row, self.base, self.adapters))
         online = {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"} if self.row.streams else {"HF_HUB_OFFLINE": "1"}
         environment = os.environ | {"HF_HOME": str(home / "hf"), "TMPDIR": str(home)} | online
-        first, second = self._commands(python, home)
+        command = self._command(python, home)
         with log.open("wb") as output:
             options = {"cwd": self.work, "env": environment, "stdout": output, "stderr": output}
-            if first:
-                run(first, max_bytes=self.row.max_bytes, **options)
             if self.row.is_cached:
                 self._read_base()
             else:
                 drop_caches()
-            measured = run(second, max_bytes=self.row.max_bytes, **options)
+            measured = run(command, max_bytes=self.row.max_bytes, **options)
         if measured.exit_code:
             raise SystemExit(f"{self.name}: exit code {measured.exit_code}\n{log.read_text()[-2000:]}")
         return measured
 
-    def _commands(self, python: str, home: Path) -> tuple[list[str], list[str]]:
+    def _command(self, python: str, home: Path) -> list[str]:
         command = [python, "-P", "-m", "merge_gate", "run", "merge-gate.yml", "--output", str(home / "report")]
-        if self.row.job.combine:
-            return [], [*command, "--only", COMBINED]
-        if not self.row.warm:
-            return [], command
-        # Other adapters than in the run before, whose verdicts are not in the cache.
-        cached, half = [*command, "--cache", str(home / "cache")], len(self.adapters) // 2
-        only = [[f"--only={one.name}" for one in part] for part in (self.adapters[:half], self.adapters[half:])]
-        return [*cached, *only[0], "--read", "whole"], [*cached, *only[1], "--read", "touched"]
+        return [*command, "--only", COMBINED] if self.row.job.combine else command
 
     def _read_base(self) -> None:
         for path in (
@@ -181,10 +149,9 @@ class Prepared:
 def prepared(name: str, row: Row, work: Path) -> Prepared:
     base = f"bench/{row.size}" if row.streams else str(work / f"base-{row.size}")
     kind = "" if row.job.kind == "lora" else f"-{row.job.kind}"
-    made = make_adapters(row.size, Path(base), work / f"adapters-{row.size}{kind}", row.job.count, row.job.kind)
+    adapters = make_adapters(row.size, Path(base), work / f"adapters-{row.size}{kind}", row.job.count, row.job.kind)
     if not row.streams:
         make_base(row.size, Path(base))
-    adapters = targeted(made, row.targets, work / f"adapters-{name}")
     return Prepared(name=name, row=row, work=work, base=base, adapters=adapters)
 
 
@@ -207,7 +174,7 @@ def medians(runs: Sequence[Limited]) -> dict[str, object]:
 
 def rate_of(row: Row, wall_s: float) -> dict[str, object]:
     """What the base's bytes took, if all of them were streamed."""
-    if not row.streams or row.targets:
+    if not row.streams:
         return {}
     size = sum(shard.size for shard in repository(row.size)[1].values())
     least = {"of_size_by_rate": round(wall_s / (size / (row.rate * 1e6)), 3)} if row.rate else {}

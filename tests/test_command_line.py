@@ -225,7 +225,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         ([""], {name.split()[0] for name in commands()}),
         (["report", ""], {"show", "diff", "combine", "baseline"}),
-        (["run", "--re"], {"--read", "--refresh", "--report", "--revision"}),
+        (["run", "--re"], {"--refresh", "--report", "--revision"}),
         (["report", "show", "--format", ""], {"terminal", "json", "markdown", "html", "junit", "sarif"}),
     ],
 )

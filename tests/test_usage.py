@@ -55,6 +55,7 @@ USAGE: dict[str, tuple[Callable[[Path], object], tuple[str, ...], str]] = {
     "option-of-run": (nothing, ("check", "adapters/good", "--dtype", "float16"), '"--dtype"'),
     "gone-rebuild": (nothing, ("rebuild", "merged/good", "--output", "again"), "`merge-gate verify`"),
     "gone-attest": (nothing, ("attest", "merged/good"), "`cosign attest-blob`"),
+    "gone-read": (nothing, ("run", "gate.yml", "--read=touched"), "reads all of the base"),
     "gone-keys": (nothing, ("verify", "out", "--key", "key.pem"), "`cosign attest-blob`"),
     "list-with-a-blank": (nothing, ("run", "adapters/good", "--dtype", "float16,", "float32"), '"float32"'),
     "bad-device-index": (nothing, ("run", "gate.yml", "--device", "cuda:x"), "cuda:x"),

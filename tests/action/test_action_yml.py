@@ -145,7 +145,7 @@ def test_every_option_of_run_has_an_input_or_goes_through_args() -> None:
     known = {f"--{name.replace('_', '-')}" for name in vars(run)} - {"--command", "--names"}
     of_named_adapters = "--base --dtype --quantization --revision --set --expect --allow-pickle"
     through_args = (
-        "--only --plan --policy --refresh --access --read --forward --max-shard-size --ray --quiet --verbose --color"
+        "--only --plan --policy --refresh --access --forward --max-shard-size --ray --quiet --verbose --color"
     )
     others = known - set(action.RESERVED_OPTIONS) - set(of_named_adapters.split())
     assert others == set(through_args.split()), "a new option: give it an input, or allow it in `args` here"

@@ -44,6 +44,7 @@ MORE = {
     "a typo in a mapping whose key is mistyped": LIST
     + "checks: {rounding_loss: {severity: warn, limt: 0.2}, headrom: wran}\n",
     "a typo of a key of the base": LIST + "bse: {modle: acme/b, dtpye: fp16}\n",
+    "a key that is gone": LIST + "base: {model: acme/b, read: touched}\n",
     "digits": LIST + f"checks: {{delta-norm: {{limit: {'9' * 301}}}}}\n",
     "digits of a hexadecimal number": LIST + f"checks: {{headroom: {{limit: 0x{'f' * 301}}}}}\n",
     "an octal number": LIST + "baseline: 0o17\n",

@@ -11,7 +11,7 @@ import pytest
 
 from merge_gate.cli.dispatch import main
 from merge_gate.config.load_config import load_config
-from merge_gate.records.measured import BaseFigures, Forward
+from merge_gate.records.measured import Forward
 from merge_gate.records.terms import ForwardMode
 from merge_gate.report.stored.stored_report import stored
 from merge_gate.run import flow
@@ -104,20 +104,6 @@ def test_the_worker_is_told_whether_to_run_the_model() -> None:
     assert tasks_of(forward="required") == [""]
     assert tasks_of(forward="off") == ["forward is off"]
     assert tasks_of("--forward", "off", forward="required") == ["forward is off"]
-
-
-@pytest.mark.parametrize(
-    ("forward", "one_pass", "is_run"),
-    [("auto", True, False), ("auto", False, True), ("off", True, False), ("required", True, True)],
-)
-def test_a_base_that_is_partly_read_is_run_only_if_required(
-    forward: str, one_pass: bool, is_run: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A record of an earlier run is used only in a pass; any other base is measured again, and read whole."""
-    records = (BaseFigures(model_class="Odd", figures=()),)
-    monkeypatch.setattr(flow, "placed", lambda group, *_: replace(group, one_pass=one_pass, earlier_figures=records))
-    (why,) = tasks_of(forward=forward)
-    assert (why == "") is is_run
 
 
 def test_the_setting_counts_in_a_cached_verdict() -> None:

@@ -1,8 +1,8 @@
 """`delta-norm` on real merges: weights that are nearly zero in the base, and adapters that exploded."""
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import SamConfig, SamModel
 
-from merge_gate._internal.errors import SourceError
 from merge_gate.engine.adapter_evidence import MergeRequest, merge
 from merge_gate.engine.base.loaded_base import MOST_TYPICAL, Base
 from merge_gate.engine.base.model_class import model_class_for
@@ -40,19 +39,9 @@ def skeleton(base: Path, adapter: Path) -> Base:
         return skeleton_of(source(base), model_class, stored_tensors(base), CountingFeed(str(base)))
 
 
-def with_record(base: Path, adapter: Path) -> Base:
-    """A skeleton that has the figures of all tensors from an earlier run."""
-    model_class = model_class_for(str(base), preflight(str(adapter), allow_pickle=False), stored_tensors(base))
-    record, fed = loaded(base, adapter).new_figures(model_class), skeleton(base, adapter)
-    assert record is not None
-    fed.use_earlier_figures(record)
-    return fed
-
-
 BASES: dict[str, Callable[[Path, Path], Base]] = {
     "loaded": loaded,
     "skeleton": skeleton,
-    "record": with_record,
     "bnb-4bit": partial(loaded, quantization=Quantization.BNB_4BIT),
 }
 
@@ -172,30 +161,17 @@ def test_a_sam_as_transformers_initializes_it_passes(tmp_path: Path) -> None:
 
 
 def test_a_typical_weight_is_measured_only_if_a_delta_is_large(shelf: Shelf, tmp_path: Path) -> None:
-    directory = changed(shelf, tmp_path / "base", "q_proj", "v_proj")
-    make_adapter(shelf.base("llama"), tmp_path / "adapter")
-    plain = with_record(shelf.base("llama"), tmp_path / "adapter")
-    assert severity(plain, tmp_path / "adapter") is None
-    touched = {name for name in plain.tensors if "q_proj" in name or "v_proj" in name}
-    assert {name for name, count in reads_of(plain, shelf.base("llama")).items() if count} <= touched
-
-    base = with_record(directory, tmp_path / "adapter")
-    judged(base, tmp_path / "adapter")
-    once = reads_of(base, directory)
-    others = [name for name, count in once.items() if count and name not in touched]
-    assert 0 < len(others) <= MOST_TYPICAL
-    assert base.unchecked - touched == base.tensors.keys() - touched - set(others), (
-        "what was read is no longer of the record"
-    )
-    judged(base, tmp_path / "adapter")
-    assert [name for name in others if reads_of(base, directory)[name] > once[name]] == [], "it is known by now"
-
-
-def test_a_record_that_does_not_fit_a_typical_weight_is_refused(shelf: Shelf, tmp_path: Path) -> None:
-    directory = changed(shelf, tmp_path / "base", "q_proj", "v_proj")
-    make_adapter(directory, tmp_path / "adapter")
-    base = with_record(directory, tmp_path / "adapter")
-    for name in base.unchecked:
-        base.stats[name] = replace(base.stats[name], maximum=0.5)
-    with pytest.raises(SourceError, match="does not fit"):
-        judged(base, tmp_path / "adapter")
+    """The weights next to it are read again for it, and no more with the next adapter, for which they are known."""
+    bases = {"plain": shelf.base("llama"), "changed": changed(shelf, tmp_path / "base", "q_proj", "v_proj")}
+    make_adapter(bases["plain"], tmp_path / "adapter")
+    reads = {}
+    for kind, directory in bases.items():
+        base = skeleton(directory, tmp_path / "adapter")
+        for time in ("first", "second"):
+            before = Counter(reads_of(base, directory))
+            assert (severity(base, tmp_path / "adapter") is None) is (kind == "plain")
+            reads[kind, time] = Counter(reads_of(base, directory)) - before
+    typical = reads["changed", "first"] - reads["plain", "first"]
+    assert 0 < len(typical) <= MOST_TYPICAL
+    assert set(typical.values()) == {1}
+    assert reads["changed", "second"] == reads["plain", "second"]

@@ -6,13 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from merge_gate._internal.errors import UsageError
 from merge_gate.records.config import AdapterSpec, BaseSpec
 from merge_gate.records.files import AdapterFiles, BaseFiles, Entry, Snapshot
-from merge_gate.records.measured import BaseFigures
-from merge_gate.records.terms import BaseKey, ForwardMode, Quantization, Read
+from merge_gate.records.terms import BaseKey, ForwardMode, Quantization
 from merge_gate.run import groups
-from merge_gate.run.groups import TIMEOUT_PER_GIB_S, group_by_base, network_file_system, placed, refuse_unread
+from merge_gate.run.groups import TIMEOUT_PER_GIB_S, group_by_base, network_file_system, placed
 from merge_gate.worker.protocol import DEFAULT_TIMEOUT_S, Group
 
 WEIGHTS = "model.safetensors"
@@ -37,7 +35,7 @@ def group(directory: str, is_large: bool = False) -> Group:
 def test_a_base_that_is_large_or_on_a_network_is_fed(is_large, system, base, monkeypatch) -> None:
     monkeypatch.setattr(groups, "network_file_system", lambda _: system)
     notes: list[str] = []
-    scheduled = placed(group(base, is_large), Read.AUTO, notes.append)
+    scheduled = placed(group(base, is_large), notes.append)
     assert (scheduled.one_pass, scheduled.fed) == (is_large, is_large or system is not None)
     assert ["of memory are free" in note for note in notes] == [True] * is_large
     assert groups.headers_timeout_s("/base") == (groups.HEADERS_TIMEOUT_S if system else None)
@@ -45,18 +43,8 @@ def test_a_base_that_is_large_or_on_a_network_is_fed(is_large, system, base, mon
 
 def test_a_streamed_base_is_fed_in_a_pass(base: str) -> None:
     streamed = BaseFiles(directory=base, weights=(WEIGHTS,), is_streamed=True)
-    scheduled = placed(replace(group(base), files=streamed), Read.AUTO, pytest.fail)
+    scheduled = placed(replace(group(base), files=streamed), pytest.fail)
     assert (scheduled.one_pass, scheduled.fed) == (True, True)
-
-
-@pytest.mark.parametrize("is_large", [False, True])
-def test_only_what_adapters_touch_is_read_of_a_recorded_base(is_large: bool, base: str) -> None:
-    record = BaseFigures(model_class="A", figures=())
-    with pytest.raises(UsageError):
-        refuse_unread(group(base), Read.TOUCHED)
-    for read in Read:
-        scheduled = placed(replace(group(base, is_large), earlier_figures=(record,)), read, lambda _: None)
-        assert scheduled.one_pass == (is_large or read is Read.TOUCHED)
 
 
 BASE = BaseSpec(model="./base", label="./base")

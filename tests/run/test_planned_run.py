@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from merge_gate._internal.errors import UsageError
 from merge_gate.cli.dispatch import main
 from merge_gate.config.load_config import load_config
 from merge_gate.files import hub, resolve
@@ -173,15 +172,14 @@ def test_the_exit_code_is_that_of_the_run(
 
 @pytest.mark.slow
 def test_what_earlier_runs_stored_is_in_the_plan(place: Path, wording: Wording) -> None:
-    """A record lets a run read what adapters touch, and a verdict needs no merge."""
+    """A verdict needs no merge."""
     poison("lora_B")(place / "adapters" / "a")
-    options, base = RunOptions(features={"cache": str(place / "verdicts")}), {"model": "./base", "read": "touched"}
-    with pytest.raises(UsageError):
-        planned(place, options, base=base)
+    options = RunOptions(features={"cache": str(place / "verdicts")})
+    planned(place, options)
     time.sleep(2.0)  # a digest is remembered only of files that are older
-    answer = merge_gate("run", "gate.yml", "--cache", "verdicts", "--read", "whole", "--only", "b", cwd=place)
+    answer = merge_gate("run", "gate.yml", "--cache", "verdicts", "--only", "b", cwd=place)
     assert answer.code == 0, answer.said
-    wording(planned(place, options, base=base))
+    wording(planned(place, options))
 
 
 WITHOUT_TORCH = """

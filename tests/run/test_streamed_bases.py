@@ -271,21 +271,3 @@ def test_cached_verdicts_on_a_streamed_base_need_its_headers(place: Place) -> No
     ]
     assert second["bases"][0]["sha256"] == first["bases"][0]["sha256"]
     assert reads(place) == dict.fromkeys(SHARDS, 1)
-
-
-@pytest.mark.slow
-def test_a_later_run_reads_what_adapters_touch(place: Place) -> None:
-    (_, whole), (answer, touched) = (
-        place.run("--only", only, "--cache", "records", access="stream", read=read)
-        for only, read in (("good", "auto"), ("nan", "touched"))
-    )
-    assert answer.code == 1, answer.said
-    (first,), (second,) = whole["adapters"], touched["adapters"]
-    assert (first["verdict"], second["cause"]) == ("passed", "adapter-nonfinite")
-    assert first["coverage"]["parameters_from_record"] == 0
-    coverage = second["coverage"]
-    assert 0 < coverage["parameters_from_record"] < coverage["parameters_checked"] == coverage["parameters_total"]
-    (of_whole,), (of_touched,) = whole["bases"], touched["bases"]
-    assert of_whole["record"] is None
-    assert of_touched["record"].keys() == {"at", "place"}
-    assert of_touched["parameters"] == of_whole["parameters"]

@@ -58,7 +58,7 @@ def test_every_event_and_the_job_of_a_run_arrive_as_they_were_sent(adapter, shel
     base, files = str(shelf.base("llama")), preflight(str(shelf.adapter(adapter)), allow_pickle=False)
     key = BaseKey(model="base", revision=None, dtype="auto", quantization="none")
     tasks = tuple(Task(index=index, files=(files,)) for index in (0, 1))
-    group = Group(base=key, directory=base, files=read_base(base, name="base"), tasks=tasks, keeps_figures=True)
+    group = Group(base=key, directory=base, files=read_base(base, name="base"), tasks=tasks)
     job = Job(groups=(group, replace(group, one_pass=True, tasks=(replace(tasks[0], index=2),))), device="cpu")
     assert_travels(job, TO_WORKER)
     events: list[Any] = []

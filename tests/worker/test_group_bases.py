@@ -110,4 +110,3 @@ def test_groups_whose_bases_are_read_in_another_way_are_apart() -> None:
     assert list(rounds([first, replace(second, fed=True)])) == [[0], [1]]
     on_network = [replace(one, one_pass=False, fed=True) for one in (first, second)]
     assert list(rounds(on_network)) == [[0, 1]]
-    assert not is_same_base(first, replace(second, keeps_figures=True))

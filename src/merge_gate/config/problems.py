@@ -18,6 +18,7 @@ from merge_gate._internal.text import SIZE, one_of, quoted
 from merge_gate.config.model import DATE, HEX_64, PEFT_TYPE, TEXT, VALID_PARTS, Model
 from merge_gate.config.yaml_document import KEY, Hint, Loc, NoValue, YamlDocument, described
 from merge_gate.names.suggestions import nearest
+from merge_gate.records.features import declared
 
 _File = TypeVar("_File", bound=Model)
 
@@ -78,7 +79,7 @@ def _report(document: YamlDocument, model: type[Model], row: Mapping[str, Any]) 
     if kind == "extra_forbidden":
         mapping.pop(loc[-1], None)
         document.has_unknown_keys.add(loc[:-1])
-        document.report((*loc, KEY), f"unknown key {quoted(loc[-1])}", partial(_suggest_key, model, loc))
+        document.report((*loc, KEY), *_unknown(model, loc))
     elif kind == "missing":
         mapping[loc[-1]] = NoValue.REFUSED
         parent = f" in {_label(place)}" if place else ""
@@ -94,6 +95,15 @@ def _report(document: YamlDocument, model: type[Model], row: Mapping[str, Any]) 
         if isinstance(row["input"], str) and words and not hint:
             hint = partial(nearest, row["input"], re.findall("'([^']+)'", words))
         document.report(loc, f"{_label(place)} must {expected}, got {described(node)}", hint)
+
+
+def _unknown(model: type[Model], loc: Loc) -> tuple[str, Hint]:
+    """The message and the hint about a key that is unknown, or that earlier versions knew."""
+    key = str(loc[-1])
+    gone = next((keys[key] for keys in declared("GONE_KEYS") if key in keys), None)
+    if gone is not None:
+        return f"{quoted(key)} is gone", gone
+    return f"unknown key {quoted(key)}", partial(_suggest_key, model, loc)
 
 
 def _suggest_key(model: type[Model], loc: Loc) -> str:

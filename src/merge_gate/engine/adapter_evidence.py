@@ -351,7 +351,6 @@ class MergeAttempt:
             seed=loaded.seed,
             parameters_checked=adapter_merge.merged.checked,
             parameters_total=adapter_merge.merged.total,
-            parameters_from_record=sum(base.stats[name].numel for name in base.unchecked - merges.keys()),
         )
 
     def end(self) -> Evidence:

@@ -229,6 +229,5 @@ def _coverage(evidence: Evidence) -> Coverage:
         layers_proved=evidence.forward.layers_compared - len(evidence.different),
         layers_not_proved=len(evidence.not_compared),
         reasons_not_proved=tuple(sorted({reason for _, reason in evidence.not_compared})),
-        parameters_from_record=evidence.parameters_from_record,
         parameters_total=evidence.parameters_total,
     )

@@ -11,7 +11,6 @@ from merge_gate.records.terms import (
     BaselineEntry,
     ForwardMode,
     Quantization,
-    Read,
     Severity,
     record,
     reported,
@@ -67,7 +66,6 @@ class BaseSpec:
         dtypes: `auto` or names of `DTYPES`. Each one is checked.
         quantization: how the base is quantized when it is loaded.
         access: how its weights are read, if it is on the Hub.
-        read: how much of its weights is read.
         names: other names that adapters may give for this base.
         sha256: pairs of file names and the hex digests that they must have. `ALL_WEIGHTS` stands for all weight files.
     """
@@ -78,7 +76,6 @@ class BaseSpec:
     dtypes: tuple[str, ...] = ("auto",)
     quantization: Quantization = Quantization.NONE
     access: Access = Access.AUTO
-    read: Read = Read.AUTO
     names: tuple[str, ...] = ()
     sha256: tuple[tuple[str, str], ...] = ()
 

@@ -139,23 +139,14 @@ class UnreadLayer:
 
 
 @record
-class EarlierRun:
-    """The run that measured a whole base."""
-
-    at: str = reported("Time of the run, in UTC.")
-    place: str = reported("The CI run, or the name of the machine.")
-
-
-@record
 class BaseFacts:
     """The measured base. `parameters` counts elements of parameters and persistent buffers.
 
     `loaded_as` is the class of the model. `replaced` names the tensors of its own head that the adapters replace by a
     head of another size. `quantization` and `dtype` are those of the loaded model. `dtypes` counts the parameters of
     each dtype if there are several. `incomplete` are parameters of the base's own class that its files lack.
-    `unloaded` are stored tensors that are not part of the model. `record` names the earlier run that measured the
-    tensors that this one does not read. `no_skeleton` says why `from_pretrained` loaded a base that is otherwise filled
-    from a feed (engine/base/skeleton.py); it is empty for any other base.
+    `unloaded` are stored tensors that are not part of the model. `no_skeleton` says why `from_pretrained` loaded a base
+    that is otherwise filled from a feed (engine/base/skeleton.py); it is empty for any other base.
     """
 
     model: str
@@ -169,24 +160,11 @@ class BaseFacts:
     replaced: tuple[str, ...] = ()
     incomplete: tuple[str, ...] = ()
     unloaded: tuple[str, ...] = ()
-    record: EarlierRun | None = None
     no_skeleton: str = ""
 
     @property
     def key(self) -> BaseKey:
         return BaseKey(model=self.model, revision=self.revision, dtype=self.dtype, quantization=self.quantization)
-
-
-@record
-class BaseFigures:
-    """The figures of every tensor of a base that its files hold, from a run that read the base whole.
-
-    `model_class` names the class and the size of its head (`LlamaForCausalLM`, `BertForTokenClassification/7`).
-    """
-
-    model_class: str = reported("The class of transformers that the base was loaded as, and the size of its head.")
-    figures: tuple[TensorStats, ...] = reported("The figures of each tensor.")
-    run: EarlierRun | None = reported("The run that measured them.", default=None)
 
 
 @record
@@ -340,7 +318,6 @@ class Evidence:
         layers_by_peft: how many layers PEFT itself merged.
         cross_checked: layers merged in blocks that PEFT merged as well, with the same bits.
         differing: layers for which PEFT's bits differed. PEFT then merged all layers.
-        parameters_from_record: how many of the checked elements an earlier run measured, and not this one.
         instead_of: the class that the adapter's task type asks for, if its names fit only the class that the base was
             loaded as.
         forward: what a run of the model showed.
@@ -379,7 +356,6 @@ class Evidence:
     seed: int | None = None
     parameters_checked: int = 0
     parameters_total: int = 0
-    parameters_from_record: int = 0
     seconds: float = 0.0
     forward: Forward = Forward()
     different: tuple[LayerDifference, ...] = ()

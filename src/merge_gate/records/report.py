@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from merge_gate.records.files import HashedFile
-from merge_gate.records.measured import EarlierRun, Forward, TensorMerge
+from merge_gate.records.measured import Forward, TensorMerge
 from merge_gate.records.terms import BaseKey, BaselineEntry, FailureKind, Finding, Result, Verdict, record, reported
 
 SCHEMA_VERSION = "1.0"
@@ -36,10 +36,6 @@ class Coverage:
     reasons_not_proved: tuple[str, ...] = reported("Why they were not compared.", default=())
     parameters_checked: int = reported(
         "Elements of the merged model that were checked; equal to `parameters_total` for every adapter that passed.",
-        default=0,
-    )
-    parameters_from_record: int = reported(
-        "Checked elements that an earlier run measured, and that this run did not read; 0 if the base was read whole.",
         default=0,
     )
     parameters_total: int = reported("Elements of the merged model.", default=0)
@@ -183,10 +179,6 @@ class BaseReport:
     replaced: tuple[str, ...] = reported(
         "Tensors of its own head that were replaced, because the adapters have a head with another number of labels.",
         default=(),
-    )
-    record: EarlierRun | None = reported(
-        "The earlier run that measured the tensors that this run did not read; null if the base was read whole.",
-        default=None,
     )
     no_skeleton: str = reported(
         "Why transformers itself loaded a base that is otherwise read tensor by tensor, because it is streamed, larger "

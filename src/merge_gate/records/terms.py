@@ -111,14 +111,6 @@ class Access(StrEnum):
     STREAM = "stream"
 
 
-class Read(StrEnum):
-    """How much of a base is read: all of it, or what adapters touch if an earlier run has read all of it."""
-
-    AUTO = "auto"
-    WHOLE = "whole"
-    TOUCHED = "touched"
-
-
 class ForwardMode(StrEnum):
     """Whether base and adapter are run as models: if it can matter, never, or without it there is no verdict."""
 

@@ -29,12 +29,11 @@ from merge_gate.records.files import Entry, Fetched
 from merge_gate.records.options import RunOptions
 from merge_gate.records.refusals import NotJudged
 from merge_gate.records.report import Report
-from merge_gate.records.terms import Read
 from merge_gate.report.stored.output_directory import begun_run, refuse_input
 from merge_gate.report.wording import words
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.feature import Feature, requested
-from merge_gate.run.groups import group_by_base, headers_timeout_s, placed, refuse_unread, with_models
+from merge_gate.run.groups import group_by_base, headers_timeout_s, placed, with_models
 from merge_gate.run.selection import inputs_of, select
 from merge_gate.run.tally import ReportWriter, Tally
 from merge_gate.run.verdict_key import device_name
@@ -251,24 +250,15 @@ class Run:
 
     def _group(self, to_merge: dict[int, Entry]) -> None:
         grouped = group_by_base(to_merge.items())
-        groups: Iterable[Group] = [placed(group, self.read_of(group), self.view.note) for group in grouped]
+        groups: Iterable[Group] = [placed(group, self.view.note) for group in grouped]
         for feature in self.features.values():
             groups = feature.schedule(tuple(groups))
         self.groups = tuple(with_models(group, self.tally.entries) for group in groups)
-        for group in self.groups:
-            refuse_unread(group, self.read_of(group))
         if any(group.fed for group in self.groups):
             self.join_feature("stream")
         for group in self.groups:
             if not group.fed:
                 self.watch.start(group.directory)
-
-    def read_of(self, group: Group) -> Read:
-        """How much of a group's base is read: as much as any of its adapters asks for; all of it, if a feature does."""
-        if any(self.needs_merge(task.index) for task in group.tasks):
-            return Read.WHOLE
-        asked = {self.tally.entries[task.index].spec.base.read for task in group.tasks}
-        return next((read for read in (Read.WHOLE, Read.TOUCHED) if read in asked), Read.AUTO)
 
     def needs_merge(self, index: int) -> bool:
         """Whether a feature needs the merged tensors of an entry."""

@@ -11,11 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from merge_gate._internal.errors import UsageError
 from merge_gate.judging import all_checks
 from merge_gate.limits.timeout import ANSWER_TIMEOUT_S, within
 from merge_gate.records.files import Entry
-from merge_gate.records.terms import BaseKey, ForwardMode, Read
+from merge_gate.records.terms import BaseKey
 from merge_gate.worker.memory import MemoryGroup, too_large
 from merge_gate.worker.protocol import DEFAULT_TIMEOUT_S, Group, Task
 
@@ -27,9 +26,6 @@ _LOCAL_FUSE = frozenset({"fuse.fuse-overlayfs", "fuse.lxcfs", "fuse.portal"})
 
 HEADERS_TIMEOUT_S = 60.0
 """How long reading the headers of a base on a network mount may take. Without a limit, a dead mount hangs the run."""
-
-
-_PARTLY_READ = "only what adapters touch is read of the base, so it is run only with forward: required"
 
 
 def group_by_base(entries: Iterable[tuple[int, Entry]]) -> tuple[Group, ...]:
@@ -57,17 +53,11 @@ def group_by_base(entries: Iterable[tuple[int, Entry]]) -> tuple[Group, ...]:
 
 
 def with_models(group: Group, entries: Sequence[Entry]) -> Group:
-    """The group, whose tasks say whether base and adapter are run as models. What a feature has said of a task stays.
-
-    Unless that is required, no model is run if that would read more of the base than the merges do.
-    """
-    tasks = []
-    for task in group.tasks:
-        entry = entries[task.index]
-        is_required = entry.spec.forward is ForwardMode.REQUIRED
-        partly_read = _PARTLY_READ if group.earlier_figures and group.in_passes and not is_required else ""
-        no_forward = (entry.no_forward or partly_read) if task.no_forward is None else task.no_forward
-        tasks.append(replace(task, no_forward=no_forward))
+    """The group, whose tasks say whether base and adapter are run as models. What a feature has said stays."""
+    tasks = (
+        replace(task, no_forward=entries[task.index].no_forward) if task.no_forward is None else task
+        for task in group.tasks
+    )
     return replace(group, tasks=tuple(tasks))
 
 
@@ -104,7 +94,7 @@ def _device_and_type(line: str) -> tuple[str, str]:
     return before.split()[2], after.split()[0]
 
 
-def placed(group: Group, read: Read, notify: Callable[[str], None]) -> Group:
+def placed(group: Group, notify: Callable[[str], None]) -> Group:
     """Decide whether a group's base is read in passes, and by which process."""
     if group.files.is_streamed:
         return replace(group, one_pass=True, fed=True)
@@ -112,19 +102,4 @@ def placed(group: Group, read: Read, notify: Callable[[str], None]) -> Group:
     if note is not None:
         notify(note)
     is_network = is_on_network([Path(group.directory, name) for name in group.files.weights])
-    return replace(group, one_pass=note is not None or read is Read.TOUCHED, fed=note is not None or is_network)
-
-
-def refuse_unread(group: Group, read: Read) -> None:
-    """Refuse to read only touched tensors of a base that no earlier run has read whole.
-
-    Raises:
-        UsageError: as above.
-    """
-    if read is Read.TOUCHED and not group.earlier_figures and group.files.on_hub is None:
-        raise UsageError(
-            f"--read touched needs a run that has read the whole base {group.base.name} ({group.base.dtype}), with "
-            "the same versions, and its record in --cache: there is none",
-            hint="run once with --read whole and the same --cache; a base in a directory is known again only while "
-            "its files are unchanged and the machine was not restarted",
-        )
+    return replace(group, one_pass=note is not None, fed=note is not None or is_network)

@@ -17,7 +17,7 @@ from merge_gate._internal.text import WIDEST, counted, listing, shown_bytes
 from merge_gate.files.headers import DTYPE_BITS
 from merge_gate.records.features import part
 from merge_gate.records.files import BaseFiles
-from merge_gate.records.terms import Read, Result, Verdict
+from merge_gate.records.terms import Result, Verdict
 from merge_gate.report.wording import words
 from merge_gate.report.wording.layout import labeled, laid_out
 from merge_gate.report.wording.untrusted import one_line
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 _NAME_CHARACTERS = 120
 _MOST_NAMES = 8
 _LABEL_WIDTH = len("  publish   ")
-_WHOLE_OR_TOUCHED = "whole, or what adapters touch if --cache has its record"
 
 
 _WITHOUT_A_MERGE: Mapping[str, Callable[[AdapterReport], bool]] = {
@@ -122,7 +121,6 @@ class _Base:
 
     def __init__(self, run: Run, groups: Sequence[Group]) -> None:
         self._groups, self._base, self._is_fed = groups, groups[0].base, groups[0].fed
-        self._reads = {run.read_of(group) for group in groups}
         self._tasks = [task for group in groups for task in group.tasks]
         self._names = dict.fromkeys(_shown(run.tally.entries[task.index].spec.name) for task in self._tasks)
         self._files = groups[0].files
@@ -168,16 +166,12 @@ class _Base:
         yield _row("adapters", listing(self._names, _MOST_NAMES))
 
     def _how_read(self) -> str:
-        touched = all(group.earlier_figures for group in self._groups) and (self._is_fed or Read.TOUCHED in self._reads)
-        what = "what adapters touch: --cache has its record" if touched else "whole"
-        if self._files.on_hub is not None and Read.WHOLE not in self._reads:
-            what = "what adapters touch" if Read.TOUCHED in self._reads else _WHOLE_OR_TOUCHED
         if not self._is_fed:
-            return f"{what}, mapped from its files"
+            return "whole, mapped from its files"
         is_large = self._free_bytes is not None and self._files.weight_bytes > self._free_bytes
         why = "it is larger than the free memory" if is_large else "it is on a network mount"
         why = "it is streamed" if self._files.is_streamed else why
-        return f"{what}, in {counted(self.passes, 'pass', 'passes')} over its files, because {why}"
+        return f"whole, in {counted(self.passes, 'pass', 'passes')} over its files, because {why}"
 
     def _needed(self) -> tuple[int, int]:
         """The bytes of memory for the window of the base and for the adapters."""

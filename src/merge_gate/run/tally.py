@@ -93,9 +93,6 @@ class Tally:
         self._bases = {place: use for place, use in self._bases.items() if place[1].key not in bases}
 
     def _with_digests(self, directory: str, base: BaseReport) -> BaseReport:
-        """Without digests if this run has read a part of a base, and the Hub lists the digests of the whole."""
-        if base.record is not None and self._watch.is_only_listed(directory):
-            return base
         return replace(base, sha256=self._watch.digest(directory), files=self._watch.files(directory))
 
     def _in_order(self) -> dict[BaseReport, _Use]:

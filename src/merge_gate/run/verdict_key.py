@@ -171,12 +171,8 @@ def keyed(
 
 
 def may_have_key(adapter: AdapterReport) -> bool:
-    """Whether another run would reach the same verdict. `error` is about one run.
-
-    A verdict that rests on the record of an earlier run is not stored, so that no verdict rests on it at second hand.
-    """
-    from_record = adapter.coverage.parameters_from_record
-    return adapter.verdict is not Verdict.ERROR and not from_record and math.isfinite(adapter.seconds)
+    """Whether another run would reach the same verdict. `error` is about one run."""
+    return adapter.verdict is not Verdict.ERROR and math.isfinite(adapter.seconds)
 
 
 def current_place(environ: Mapping[str, str], machine: str) -> str:

@@ -164,9 +164,9 @@ def rounds(groups: Sequence[Group]) -> Iterator[list[int]]:
 
 
 def is_same_base(group: Group, other: Group) -> bool:
-    """Whether a group differs from another one in dtype, tasks, and records only."""
+    """Whether a group differs from another one in dtype and tasks only."""
     base = replace(group.base, dtype=other.base.dtype)
-    return replace(group, base=base, tasks=other.tasks, earlier_figures=other.earlier_figures) == other
+    return replace(group, base=base, tasks=other.tasks) == other
 
 
 def _choose_device(wanted: str) -> DeviceChosen:

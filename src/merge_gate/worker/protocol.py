@@ -13,7 +13,7 @@ from typing import Any
 from merge_gate._internal.errors import EngineError
 from merge_gate.records.config import Combine
 from merge_gate.records.files import AdapterFiles, BaseFiles, FileIdentity, StoredTensor
-from merge_gate.records.measured import MEASURE_ALL, BaseFacts, BaseFigures, Evidence, MeasureOptions
+from merge_gate.records.measured import MEASURE_ALL, BaseFacts, Evidence, MeasureOptions
 from merge_gate.records.refusals import CannotJudge, Caught, NotJudged, Refusal, log_of
 from merge_gate.records.report import Sandbox
 from merge_gate.records.terms import DTYPES, BaseKey, Quantization, record
@@ -87,11 +87,9 @@ class Task:
 class Group:
     """The adapters on one base. `files` is what the base's files contain.
 
-    `one_pass`: nothing of the base's files stays in memory, because it is streamed, larger than the memory, or read
-    only where adapters touch it. `fed`: the parent reads its weight files (features/stream). `earlier_figures` are what
-    earlier runs measured of the base: tensors that no adapter touches are then not read. `keeps_figures`: the parent
-    keeps the figures of a base that is read whole. `base_run`: what is known of the base as a model, after a process
-    died that ran it with adapters. It is `alone` if it has to run without them first, and `ran` if it can.
+    `one_pass`: nothing of the base's files stays in memory, because it is streamed or larger than the memory. `fed`:
+    the parent reads its weight files (features/stream). `base_run`: what is known of the base as a model, after a
+    process died that ran it with adapters. It is `alone` if it has to run without them first, and `ran` if it can.
     """
 
     base: BaseKey
@@ -99,8 +97,6 @@ class Group:
     files: BaseFiles
     one_pass: bool = False
     fed: bool = False
-    earlier_figures: tuple[BaseFigures, ...] = ()
-    keeps_figures: bool = False
     base_run: str = ""
     tasks: tuple[Task, ...]
 
@@ -135,8 +131,7 @@ class Group:
     def plain_dtype(self) -> str | None:
         """The dtype in which all tasks need a quantized base with plain weights. None if they do not.
 
-        The merges are then judged without its quantization. No other run asks for such a verdict, so it is not cached,
-        and no record of the base is kept.
+        The merges are then judged without its quantization. No other run asks for such a verdict, so it is not cached.
         """
         declared = self.files.quantization
         is_stored_packed = declared is not None and declared.method in PACKED
@@ -214,15 +209,11 @@ class BaseLoaded:
 
 @record
 class BaseMeasured:
-    """The base is measured: at its load, if its record is kept, or in the pass of its first adapters.
-
-    `task` is one of its tasks. `figures` has the figures of a base that was read whole, if the group keeps them.
-    """
+    """The base is measured, in the pass of its first adapters. `task` is one of its tasks."""
 
     group: int
     task: int
     facts: BaseFacts
-    figures: BaseFigures | None = None
 
 
 @record

@@ -15,16 +15,13 @@ from merge_gate.features.cache.feature import VerdictCache
 from merge_gate.features.cache.store import ABANDONED_S, KINDS, Seal
 from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.identity import base_identity
-from merge_gate.records.files import BaseFiles, Entry
-from merge_gate.records.measured import BaseFigures, TensorStats
+from merge_gate.records.files import Entry
 from merge_gate.records.options import RunOptions
-from merge_gate.records.terms import BaseKey, Quantization, Read
 from merge_gate.run.flow import Run
 from merge_gate.run.verdict_key import device_name, keyed
-from merge_gate.worker.protocol import BaseMeasured, DeviceChosen, Group, Task
+from merge_gate.worker.protocol import DeviceChosen
 from tests.support.cache.verdicts import judged
 from tests.support.judged_entry import BASE, based_entry
-from tests.support.judging.cases import base as base_facts
 
 SECRET = "a secret of this test"
 OPEN_FILES = Path("/proc/self/fd")
@@ -142,43 +139,3 @@ def test_the_device_of_an_earlier_run_is_known(one: Entry) -> None:
         cache.received(CARD)
     assert is_known()
     assert not is_known(SECRET)
-
-
-# --- figures of bases ------------------------------------------------------------------------------------------------
-
-
-def group(directory: str) -> Group:
-    key = BaseKey(model="base", revision=None, dtype="auto", quantization=Quantization.NONE)
-    task = Task(index=0, files=())
-    return Group(base=key, directory=directory, files=BaseFiles(directory=directory, weights=(WEIGHTS,)), tasks=(task,))
-
-
-def measured(cache: VerdictCache, run: Run, base: Group) -> None:
-    """The worker measures the whole base in this run."""
-    run.groups = (base,)
-    figures = TensorStats(name="w", dtype="float32", shape=(1,), numel=1, minimum=0.0, maximum=1.0)
-    record = BaseFigures(model_class="A", figures=(figures,))
-    cache.received(BaseMeasured(group=0, task=0, facts=base_facts(), figures=record))
-    cache.finish()
-
-
-@pytest.mark.parametrize(("read", "is_used"), [(Read.AUTO, True), (Read.TOUCHED, True), (Read.WHOLE, False)])
-def test_the_worker_gets_the_records_of_a_base(read: Read, is_used: bool, one: Entry) -> None:
-    directory, run = base_directory(one), a_run(RunOptions())
-    with closing(open_cache(one, run=run)) as cache:
-        run.read_of = lambda _: read
-        (base,) = cache.schedule([group(directory)])
-        assert base.keeps_figures
-        run.watch.start(directory)
-        run.watch.wait()
-        measured(cache, run, base)
-        (scheduled,) = cache.schedule([group(directory)])
-    assert [record.model_class for record in scheduled.earlier_figures] == (["A"] if is_used else [])
-    assert scheduled.keeps_figures, "another class may have no record"
-
-
-def test_a_base_without_a_digest_leaves_no_record(one: Entry, tmp_path: Path) -> None:
-    run = a_run(RunOptions())
-    with closing(open_cache(one, run=run)) as cache:
-        measured(cache, run, group(base_directory(one)))
-    assert not any(path.is_file() for path in (tmp_path / "cache").rglob("*"))

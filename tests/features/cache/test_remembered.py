@@ -3,20 +3,14 @@
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from merge_gate.features.cache import remembered
-from merge_gate.features.cache.remembered import StoredDevices, StoredDigests, StoredFigures, boot_id
-from merge_gate.features.cache.store import Seal, Store
+from merge_gate.features.cache.remembered import StoredDevices, StoredDigests, boot_id
 from merge_gate.files.identity import base_identity
-from merge_gate.records.files import BaseContent
-from merge_gate.records.measured import BaseFigures, TensorStats
-from merge_gate.records.terms import BaseKey
-from merge_gate.run.verdict_key import key_of, material_of_run
 from merge_gate.worker.device import has_card
 from merge_gate.worker.protocol import DeviceChosen
 from tests.support.cache.store_writes import store as open_store
@@ -186,100 +180,3 @@ def test_without_a_boot_id_nothing_is_stored_or_found(tmp_path: Path, bases: Sto
     name, record = stored_record(tmp_path)
     open_store(tmp_path).put("bases", name, record | {"machine": None})
     assert digests_of(nowhere, base) is None
-
-
-# --- figures of bases ------------------------------------------------------------------------------------------------
-
-BASE_KEY = BaseKey(model="acme/base", revision="c" * 40, dtype="bfloat16", quantization="none")
-CONTENT = BaseContent(weights="a" * 64, settings="b" * 64)
-WEIGHT = TensorStats(name="q.weight", dtype="bfloat16", shape=(2, 4), numel=8, minimum=-0.1, maximum=1 / 3)
-BROKEN = TensorStats(name="norm.weight", dtype="float32", shape=(2,), numel=2, nan=1, neginf=1, first_index=(0,))
-EMPTY = TensorStats(name="empty", dtype="float32", shape=(0, 4), numel=0)
-RECORD = BaseFigures(model_class="LlamaForCausalLM", figures=(WEIGHT, BROKEN, EMPTY))
-
-
-@pytest.fixture
-def sealed_store(tmp_path: Path) -> Store:
-    return Store(str(tmp_path), Seal("a secret of some length"), pytest.fail)
-
-
-@pytest.fixture
-def records(sealed_store: Store) -> StoredFigures:
-    return StoredFigures(sealed_store, "acme run 7")
-
-
-def test_the_figures_of_an_earlier_run_are_found(records: StoredFigures) -> None:
-    assert records.lookup(BASE_KEY, CONTENT) == ()
-    records.store(BASE_KEY, CONTENT, RECORD)
-    (found,) = records.lookup(BASE_KEY, CONTENT)
-    assert (found.model_class, found.figures) == (RECORD.model_class, RECORD.figures)
-    assert found.run.place == "acme run 7"
-    assert found.run.at.endswith("Z")
-
-
-def test_a_base_that_moves_is_the_same_base(records: StoredFigures) -> None:
-    records.store(BASE_KEY, CONTENT, RECORD)
-    assert records.lookup(replace(BASE_KEY, model="./elsewhere", revision=None), CONTENT)
-
-
-@pytest.mark.parametrize(
-    ("base", "content"),
-    [
-        (replace(BASE_KEY, dtype="float16"), CONTENT),
-        (replace(BASE_KEY, quantization="bnb-4bit"), CONTENT),
-        (BASE_KEY, replace(CONTENT, weights="c" * 64)),
-        (BASE_KEY, replace(CONTENT, settings="c" * 64)),
-    ],
-)
-def test_another_base_is_not(records: StoredFigures, base: BaseKey, content: BaseContent) -> None:
-    records.store(BASE_KEY, CONTENT, RECORD)
-    assert records.lookup(base, content) == ()
-
-
-def test_each_class_has_its_own_record(records: StoredFigures) -> None:
-    head = replace(RECORD, model_class="LlamaForSequenceClassification/3", figures=(WEIGHT,))
-    for one in (RECORD, head, replace(RECORD, figures=(EMPTY,))):
-        records.store(BASE_KEY, CONTENT, one)
-    found = {one.model_class: one.figures for one in records.lookup(BASE_KEY, CONTENT)}
-    assert found == {RECORD.model_class: (EMPTY,), head.model_class: (WEIGHT,)}
-
-
-def test_the_number_of_classes_is_bounded(records: StoredFigures) -> None:
-    for number in range(remembered.MOST_CLASSES + 3):
-        records.store(BASE_KEY, CONTENT, replace(RECORD, model_class=f"Class/{number}"))
-    found = records.lookup(BASE_KEY, CONTENT)
-    assert len(found) == remembered.MOST_CLASSES
-    assert found[0].model_class == f"Class/{remembered.MOST_CLASSES + 2}"
-
-
-def test_a_fresh_run_writes_and_does_not_read(sealed_store: Store, records: StoredFigures) -> None:
-    fresh = StoredFigures(sealed_store, "acme run 8", fresh=True)
-    fresh.store(BASE_KEY, CONTENT, RECORD)
-    assert fresh.lookup(BASE_KEY, CONTENT) == ()
-    assert records.lookup(BASE_KEY, CONTENT)
-
-
-@pytest.mark.attempt("C04", "a forged base record, with a secret", "not used")
-def test_a_record_under_another_secret_is_none(tmp_path: Path) -> None:
-    StoredFigures(Store(str(tmp_path), Seal("another secret, as long"), pytest.fail), "x").store(
-        BASE_KEY, CONTENT, RECORD
-    )
-    own = StoredFigures(Store(str(tmp_path), Seal("a secret of some length"), pytest.fail), "x")
-    assert own.lookup(BASE_KEY, CONTENT) == ()
-
-
-@pytest.mark.parametrize("records_json", [None, {}, [1], [{"model_class": "x"}], [{"model_class": 1, "figures": []}]])
-def test_a_document_of_another_form_is_no_record(
-    sealed_store: Store, records: StoredFigures, records_json: object
-) -> None:
-    rests_on = records._material(BASE_KEY, CONTENT)
-    sealed_store.put("base-records", key_of(rests_on), {"material": rests_on, "records": records_json})
-    assert records.lookup(BASE_KEY, CONTENT) == ()
-
-
-def test_a_run_that_trusts_more_has_records_of_its_own(sealed_store: Store, records: StoredFigures) -> None:
-    """Code of a base may forge them. Other code and versions measure again, too."""
-    StoredFigures(sealed_store, "x", trusts=("trust-remote-code",)).store(BASE_KEY, CONTENT, RECORD)
-    assert records.lookup(BASE_KEY, CONTENT) == ()
-    material = records._material(BASE_KEY, CONTENT)
-    assert material | material_of_run(()) == material

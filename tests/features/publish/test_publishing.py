@@ -440,11 +440,6 @@ def test_an_error_of_one_model_costs_that_model(place: Path, monkeypatch: pytest
     assert [adapter["cause"] for adapter in adapters_of(place)] == ["not-published", None]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [("--publish", "merged", "--read", "touched", "--cache", "cache"), ("--max-shard-size", "5GB")],
-    ids=["a base that is read in part", "a limit on files without a directory"],
-)
-def test_options_that_contradict_each_other_are_refused(place: Path, words: tuple[str, ...]) -> None:
-    assert play(place, *words) == 2
+def test_a_limit_on_files_needs_a_directory(place: Path) -> None:
+    assert play(place, "--max-shard-size", "5GB") == 2
     assert not (place / "merged").exists()

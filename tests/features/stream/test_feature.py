@@ -9,15 +9,12 @@ from typing import cast
 from merge_gate.features.stream.feature import StreamedBases
 from merge_gate.files.base_watch import BaseWatch
 from merge_gate.files.identity import base_identity
-from merge_gate.records.config import ALL_WEIGHTS
 from merge_gate.records.files import Fetched, Snapshot
-from merge_gate.records.measured import EarlierRun
 from merge_gate.run.flow import Run
 from merge_gate.worker.batches import batches, most_model_files
 from merge_gate.worker.protocol import ConsumerSpec, Task
 from tests.support.hub import LoopbackHub
 from tests.support.judged_entry import based_entry
-from tests.support.judging.cases import base as base_facts
 from tests.support.judging.cases import evidence
 
 WEIGHTS = "model.safetensors"
@@ -34,12 +31,8 @@ def test_a_verdict_on_a_streamed_base_counts_when_all_bytes_came(tmp_path: Path,
     assert base != again
     assert Path(base).parent == Path(again).parent
     entry = replace(based_entry(tmp_path), base=Snapshot(name="./b", directory=base))
-    pinned = replace(entry, spec=replace(entry.spec, base=replace(entry.spec.base, sha256=((ALL_WEIGHTS, "0"),))))
-    tally.entries = [entry, pinned]
-    partly = evidence(base=base_facts(record=EarlierRun(at="now", place="here")))
+    tally.entries = [entry]
     assert streamed.refusal(0, evidence()) is not None
-    assert streamed.refusal(0, partly) is None
-    assert streamed.refusal(1, partly) is not None
     watch.read_whole(base, base_identity(base), {WEIGHTS: hashlib.sha256(content).hexdigest()})
     assert streamed.refusal(0, evidence()) is None
     streamed.close()

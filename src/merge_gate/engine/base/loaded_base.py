@@ -27,7 +27,6 @@ import transformers
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from merge_gate._internal.errors import SourceError
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.tensors.lazy_tensors import LazyTensors
 from merge_gate.engine.tensors.measure import distance, dtype_name, measure, row_norms
@@ -51,7 +50,7 @@ from merge_gate.engine.tensors.quantized import (
 from merge_gate.engine.tensors.threads import Buffers, spread
 from merge_gate.engine.tensors.watch import Memory
 from merge_gate.records.files import FileSpan
-from merge_gate.records.measured import BaseFacts, BaseFigures, TensorStats
+from merge_gate.records.measured import BaseFacts, TensorStats
 from merge_gate.records.refusals import CannotJudge, Caught
 from merge_gate.records.terms import Quantization
 
@@ -130,8 +129,7 @@ class Base:
 
     Tensors in `lazy` have values only while they are `filled` from `feed` (skeleton.py), and `stats` lacks them until
     their values have passed by: use `figures`, and read `facts` after `complete_facts`. `alone` names tensors that come
-    from one stored tensor each, and that the load has not changed. `unchecked` names tensors whose figures an earlier
-    run measured; a tensor that is read is measured again.
+    from one stored tensor each, and that the load has not changed.
     """
 
     model: nn.Module
@@ -150,7 +148,6 @@ class Base:
     lazy: LazyTensors | None = None
     feed: SharedReads | None = None
     alone: Mapping[str, tuple[FileSpan, ...]] = field(default_factory=dict)
-    unchecked: set[str] = field(default_factory=set)
     aliases: dict[str, str] = field(init=False)
     weights: WeightsOnDevice = field(default_factory=WeightsOnDevice)
     _buffers: threading.local = field(default_factory=threading.local)
@@ -235,49 +232,8 @@ class Base:
     def _rms(self, name: str) -> float:
         tensor, module = self.tensors[name], self.model.get_submodule(name.rpartition(".")[0])
         with self.filled([name]):
-            self.check_earlier_figures(name)
             values = dequantized(module, tensor) if is_quantized(tensor) else tensor
             return distance(values) / math.sqrt(values.numel())
-
-    def use_earlier_figures(self, earlier: BaseFigures) -> None:
-        """Take the figures of an earlier run for tensors that have none, so that a pass need not read them.
-
-        A tensor that was not finite is read again: a stored figure alone never fails an adapter.
-        """
-        for figures in earlier.figures:
-            tensor = self.tensors.get(figures.name)
-            if tensor is None or figures.name in self.stats or figures.name in self.newly_initialized:
-                continue
-            if figures.finite and (figures.shape, figures.dtype) == (tuple(tensor.shape), dtype_name(tensor.dtype)):
-                self.stats[figures.name] = figures
-                self.unchecked.add(figures.name)
-        self.facts = replace(self.facts, record=earlier.run)
-
-    def new_figures(self, model_class: ModelClass) -> BaseFigures | None:
-        """All tensors' figures; None if this run did not measure all of them, or has quantized them."""
-        quantizes = self.source.quantization is not Quantization.NONE
-        if self.unchecked or self.unmeasured() or self.facts.record or quantizes:
-            return None
-        figures = tuple(stats for name, stats in self.stats.items() if name not in self.newly_initialized)
-        return BaseFigures(model_class=model_class.label, figures=figures)
-
-    def check_earlier_figures(self, name: str) -> None:
-        """Measure a tensor, which has values now, if its figures are those of an earlier run.
-
-        Raises:
-            SourceError: it has other figures, so the record is not of these files.
-        """
-        if name not in self.unchecked:
-            return
-        measured = measure(self.tensors[name], name)
-        if measured != self.stats[name]:
-            raise SourceError(
-                f"the record of base {self.source.label} does not fit: {name} has other values than when an earlier "
-                "run read the whole base",
-                hint="run with `--read whole`, which replaces the record; if MERGE_GATE_CACHE_KEY is not set, others "
-                "who can write to the cache directory can write such a record",
-            )
-        self.unchecked.discard(name)
 
     def unmeasured(self) -> list[str]:
         """The tensors that have no figures yet."""

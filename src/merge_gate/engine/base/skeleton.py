@@ -158,7 +158,7 @@ def _figures_key(place: Place, spans: tuple[FileSpan, ...]) -> tuple[tuple[FileS
 
 def figures_by_span(base: Base) -> FiguresBySpan:
     """The figures that this run measured of a skeleton's tensors, for `skeleton_of`."""
-    measured = base.alone.keys() & base.stats.keys() - base.unchecked
+    measured = base.alone.keys() & base.stats.keys()
     return {_figures_key(place_of(base.tensors[name]), base.alone[name]): base.stats[name] for name in measured}
 
 

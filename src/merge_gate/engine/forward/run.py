@@ -159,8 +159,6 @@ def why_not_run(base: Base) -> str:
     """Why no model with this base can be run. Empty if that is not known."""
     if base.facts.quantization != Quantization.NONE:
         return "its base is quantized"
-    if base.unchecked:
-        return "only the tensors that adapters change are read of its base"
     return "code that comes with a base is not run" if has_foreign_code(base.model) else ""
 
 

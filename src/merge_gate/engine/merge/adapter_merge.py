@@ -306,8 +306,6 @@ class AdapterMerge:
         before, merges = layer.get_base_layer(), list[tuple[TensorMerge, Any]]()
         private = private_copies(layer, targets, self.base, keep_marks=keep_marks, mapped=self.loaded.mapped)  # 1.
         with private as reset, packed_sums(targets) as packed:
-            for target in targets:
-                self.base.check_earlier_figures(target.name)
             share = rounding_share(layer, self.loaded.initial_factors.get(id(layer)))  # of the weight before the merge
             drawn, before_merge = random_states(), self._unmerged(layer, targets)
             self._compare_with_files(path, layer)  # not before: the layer has run

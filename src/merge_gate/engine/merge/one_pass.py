@@ -50,7 +50,7 @@ def begin_reading(bases: Iterable[Base]) -> None:
     for together in _by_feed(base for base in bases if base.feed is not None):
         spans = [span for step in fill_steps([(base, set()) for base in together]) for span in step.spans]
         if together[0].feed is not None and spans:
-            together[0].feed.expect(spans, whole=_is_whole(together), needed_now=False)
+            together[0].feed.expect(spans, whole=True, needed_now=False)
 
 
 def _by_feed(bases: Iterable[Base]) -> list[list[Base]]:
@@ -59,10 +59,6 @@ def _by_feed(bases: Iterable[Base]) -> list[list[Base]]:
     for base in {id(base): base for base in bases}.values():
         by_feed.setdefault(id(base.feed or base), []).append(base)
     return list(by_feed.values())
-
-
-def _is_whole(bases: Sequence[Base]) -> bool:
-    return any(base.facts.record is None for base in bases)
 
 
 # --- 1. ------------------------------------------------------------------------------------------------------------
@@ -141,7 +137,7 @@ class _Pass:
         steps = fill_steps([(base, {name for key, name in merged if key == id(base)}) for base in self._bases])
         feed = self._bases[0].feed
         if feed is not None:
-            feed.expect([span for step in steps for span in step.spans], whole=_is_whole(self._bases))
+            feed.expect([span for step in steps for span in step.spans], whole=True)
         drawn = random_states()
         with self._peft:
             for _ in (spread if self._on_cpu else map)(self._visit, steps):
@@ -171,7 +167,6 @@ class _Pass:
             raise
 
     def _visit_tensor(self, base: Base, name: str) -> None:
-        base.check_earlier_figures(name)
         for merge in self._merges:
             for consumer in merge.consumers if merge.base is base else ():
                 consumer.pass_by(name, base.tensors[name])

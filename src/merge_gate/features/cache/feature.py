@@ -1,4 +1,4 @@
-"""Reuses the verdicts and the figures of bases that earlier runs stored in a directory, and stores those of this run.
+"""Reuses the verdicts that earlier runs stored in a directory, and stores those of this run.
 
 In: a run, and the directory of `--cache`. Out: reports of entries that need no merge, and documents in the directory.
 """
@@ -6,32 +6,28 @@ In: a run, and the directory of `--cache`. Out: reports of entries that need no 
 from __future__ import annotations
 
 import os
-import platform
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.features.cache.cached_verdict import CachedVerdict, document_of, for_entry, from_document
-from merge_gate.features.cache.remembered import StoredDevices, StoredDigests, StoredFigures, boot_id
+from merge_gate.features.cache.remembered import StoredDevices, StoredDigests, boot_id
 from merge_gate.features.cache.store import Seal, Store, from_environment
 from merge_gate.files.base_watch import base_directory
-from merge_gate.records.terms import BaseKey, Read
 from merge_gate.report.stored.output_directory import refuse_input
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.feature import Feature
-from merge_gate.run.verdict_key import current_place, device_name, is_unchanged, key_of, material
-from merge_gate.worker.protocol import BaseMeasured, DeviceChosen
+from merge_gate.run.verdict_key import device_name, is_unchanged, key_of, material
+from merge_gate.worker.protocol import DeviceChosen
 
 if TYPE_CHECKING:
     from merge_gate.files.resolve import Fetching
     from merge_gate.records.files import BaseContent, Entry
-    from merge_gate.records.measured import BaseFigures
     from merge_gate.records.report import AdapterReport, BaseReport
     from merge_gate.run.flow import Run
     from merge_gate.run.verdict_key import Json
-    from merge_gate.worker.protocol import Event, Group
+    from merge_gate.worker.protocol import Event
 
 KIND = "verdicts"
 
@@ -48,7 +44,7 @@ def join(run: Run) -> Feature:
 
 
 class VerdictCache(Feature):
-    """The verdicts, digests, and figures in one directory. With `--refresh`, they are only written."""
+    """The verdicts and digests in one directory. With `--refresh`, they are only written."""
 
     def __init__(self, run: Run, directory: str, seal: Seal) -> None:
         self._run, self._directory, self._fresh = run, directory, run.options.features.get("refresh", False)
@@ -58,9 +54,6 @@ class VerdictCache(Feature):
         self._store = Store(directory, seal, run.view.note, read_only=run.options.is_plan)
         boot = boot_id()
         self._devices = StoredDevices(run.options.device, self._store, boot, os.environ)
-        here, trusts = current_place(os.environ, platform.node()), run.config.trusts
-        self._figures = StoredFigures(self._store, here, fresh=self._fresh, trusts=trusts)
-        self._measured: dict[tuple[str, BaseKey, str], tuple[Group, BaseFigures]] = {}
         self._digests = run.watch.remembered = StoredDigests(self._store, boot, fresh=self._fresh)
 
     def fetch(self, how: Fetching) -> Fetching:
@@ -115,38 +108,11 @@ class VerdictCache(Feature):
         """Store a verdict that later runs may reuse."""
         self._store.put(KIND, key_of(material), document_of(CachedVerdict(adapter=report, base=base), material))
 
-    # --- figures of bases --------------------------------------------------------------------------------------------
+    # --- the rest ----------------------------------------------------------------------------------------------------
 
     def plan(self) -> Iterator[tuple[str, str]]:
         yield "cache", f"{one_line(self._directory, 120)}: stored verdicts need no merge"
 
-    def schedule(self, groups: Sequence[Group]) -> Iterator[Group]:
-        return map(self._with_figures, groups)
-
-    def _with_figures(self, group: Group) -> Group:
-        """The group, with the figures that earlier runs measured of its base, unless this run reads all of it."""
-        figures: tuple[BaseFigures, ...] = ()
-        is_here = group.files.on_hub is None  # the figures are stored by a digest, which needs the files
-        if is_here and self._run.read_of(group) is not Read.WHOLE:
-            self._run.watch.recall(group.directory)
-            content = self._run.watch.content(group.directory)
-            figures = self._figures.lookup(group.base, content) if content is not None else ()
-        return replace(group, earlier_figures=figures, keeps_figures=group.plain_dtype is None)
-
     def received(self, event: Event) -> None:
-        match event:
-            case DeviceChosen():
-                self._devices.store(event)
-            case BaseMeasured(figures=figures) if figures is not None:
-                group = self._run.groups[event.group]
-                self._measured[group.directory, group.base, figures.model_class] = group, figures
-
-    def finish(self) -> None:
-        """Store what this run measured of bases whose bytes have a digest."""
-        watch = self._run.watch
-        for group, figures in self._measured.values():
-            content = watch.content(group.directory)
-            is_proven = watch.digest(group.directory) is not None and not watch.is_only_listed(group.directory)
-            if content is not None and is_proven:
-                with suppress(Exception):  # a record that is not stored costs a later run its time
-                    self._figures.store(group.base, content, figures)
+        if isinstance(event, DeviceChosen):
+            self._devices.store(event)

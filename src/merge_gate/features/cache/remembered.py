@@ -1,6 +1,6 @@
-"""What earlier runs found out, so that this run need not: its device, the digests of bases, and their figures.
+"""What earlier runs found out, so that this run need not: its device, and the digests of bases.
 
-In: the store of a cache directory, and what identifies a device, the files of a base, or its content now. Out: what is
+In: the store of a cache directory, and what identifies a device, or the files of a base now. Out: what is
 stored about them, or None.
 """
 
@@ -9,14 +9,12 @@ from __future__ import annotations
 import hashlib
 import time
 from contextlib import suppress
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate.files.identity import base_identity
-from merge_gate.records.measured import BaseFigures, EarlierRun
-from merge_gate.report.formats.fields import UnreadableError, dump, load
-from merge_gate.run.verdict_key import Json, key_of, libraries, material_of_run
+from merge_gate.run.verdict_key import Json, libraries
 from merge_gate.worker.device import cpu_name, has_card
 from merge_gate.worker.protocol import DeviceChosen
 
@@ -24,8 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from merge_gate.features.cache.store import Store
-    from merge_gate.records.files import BaseContent, FileIdentity
-    from merge_gate.records.terms import BaseKey
+    from merge_gate.records.files import FileIdentity
 
 # --- devices ---------------------------------------------------------------------------------------------------------
 
@@ -148,51 +145,3 @@ def _name_of(directory: str) -> str:
 def clock_offset_s() -> float:
     """How far the clock of files is ahead of the clock that no one can set."""
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
-
-
-# --- figures of bases ------------------------------------------------------------------------------------------------
-
-MOST_CLASSES = 16
-"""A base is measured as one or two classes. A document does not grow beyond this number."""
-
-
-class StoredFigures:
-    """Figures of whole bases that earlier runs measured, so that a later run reads only what adapters touch.
-
-    They apply only to the same bytes, code, and versions. With `fresh`, they are only written. `place` names this run.
-    A run that trusts more (pickles, a base's own code) has records of its own: `trusts`.
-    """
-
-    def __init__(self, store: Store, place: str, *, fresh: bool = False, trusts: tuple[str, ...] = ()) -> None:
-        self._store, self._place, self._fresh, self._trusts = store, place, fresh, trusts
-
-    def lookup(self, base: BaseKey, content: BaseContent) -> tuple[BaseFigures, ...]:
-        """What earlier runs measured of a base of this content, loaded in this dtype, for each model class."""
-        return () if self._fresh else self._stored(self._material(base, content))
-
-    def store(self, base: BaseKey, content: BaseContent, figures: BaseFigures) -> None:
-        """Add a record of this run, in place of an earlier one of the same class and head."""
-        material = self._material(base, content)
-        others = [earlier for earlier in self._stored(material) if earlier.model_class != figures.model_class]
-        run = EarlierRun(at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), place=self._place)
-        records = (replace(figures, run=run), *others)[:MOST_CLASSES]
-        self._store.put("base-records", key_of(material), {"material": material, "records": dump(records)})
-
-    def _stored(self, material: Json) -> tuple[BaseFigures, ...]:
-        document = self._store.get("base-records", key_of(material))
-        try:
-            if not isinstance(document, dict) or document.get("material") != material:
-                return ()
-            stored: tuple[BaseFigures, ...] = load(tuple[BaseFigures, ...], document.get("records"), "records")
-        except (UnreadableError, RecursionError):
-            return ()
-        return tuple(figures for figures in stored if figures.run is not None)
-
-    def _material(self, base: BaseKey, content: BaseContent) -> Json:
-        """Everything that the figures depend on. The base's name is not part of it: a base may move."""
-        return material_of_run(self._trusts) | {
-            "weights": content.weights,
-            "settings": content.settings,
-            "dtype": base.dtype,
-            "quantization": base.quantization,
-        }

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SHORTEST = 16
 _NO_SECRET = b"merge-gate: no secret"
 
-KINDS = ("verdicts", "bases", "devices", "base-records")
+KINDS = ("verdicts", "bases", "devices")
 LONGEST_BYTES = 1 << 26
 """A longer file is not read."""
 ABANDONED_S = 86_400.0

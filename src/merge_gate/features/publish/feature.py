@@ -37,10 +37,9 @@ from merge_gate.records.config import A_FILE, PublishSpec
 from merge_gate.records.files import Entry, FileIdentity, StoredTensor
 from merge_gate.records.measured import BaseFacts, Evidence
 from merge_gate.records.report import AdapterReport, PublishedModel
-from merge_gate.records.terms import PRESERVE, Finding, Origin, Read, Verdict
+from merge_gate.records.terms import PRESERVE, Finding, Origin, Verdict
 from merge_gate.report.wording.untrusted import one_line
 from merge_gate.run.feature import Feature
-from merge_gate.run.selection import select
 from merge_gate.worker.protocol import Job
 
 if TYPE_CHECKING:
@@ -64,12 +63,8 @@ def join(run: Run) -> Feature:
     """The publications of a run.
 
     Raises:
-        UsageError: the directory cannot be used, or tensors of the models are not to be read.
+        UsageError: the directory cannot be used.
     """
-    if any(spec.base.read is Read.TOUCHED for spec in select(run.config, run.options.only)):
-        raise UsageError(
-            "a published model has every tensor of its base, and --read touched reads some", hint="set read: auto"
-        )
     assert run.config.publish is not None  # noqa: S101 - the run asks for it
     return Publications(run, run.config.publish)
 

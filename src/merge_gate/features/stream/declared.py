@@ -1,11 +1,11 @@
-"""The keys of a base for how it is read, which are options of `merge-gate run`, too."""
+"""The key of a base for how it is read, which is an option of `merge-gate run`, too."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from merge_gate.records.features import WordKey
-from merge_gate.records.terms import Access, Read
+from merge_gate.records.terms import Access
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
@@ -20,18 +20,11 @@ BASE_KEYS = {
         meaning="how to read the weights of a base on the Hub: download them, stream them without using the disk, or "
         "stream them only if the disk is too small (auto) (default: as in the config, or auto)",
     ),
-    "read": WordKey(
-        Read,
-        description="How much of the base is read: {}. With whole, every tensor is read and measured. With touched, "
-        "only the tensors that adapters change are read. The figures of the others come from an earlier run with the "
-        "same --cache that read the whole base. With auto, the gate does this if there is such a run, and the base is "
-        "streamed, larger than the memory, or on a network mount. Default: auto.",
-        meaning="read every tensor of a base (whole), or only the tensors that adapters touch (touched). The value "
-        "touched needs the record of an earlier whole read in --cache. The value auto means touched for a base that is "
-        "not memory-mapped (default: as in the config, or auto)",
-    ),
 }
 """By field of `BaseSpec`."""
+
+_WHOLE = "every run reads all of the base; remove it"
+GONE, GONE_KEYS = {"--read": _WHOLE}, {"read": _WHOLE}
 
 
 def is_requested(config: Config, options: RunOptions) -> bool:  # noqa: ARG001

@@ -74,11 +74,10 @@ class StreamedBases(Feature):
             self._bases.setdefault(directory, made)
         return self._bases[directory]
 
-    def refusal(self, index: int, evidence: Evidence) -> NotJudged | None:
+    def refusal(self, index: int, evidence: Evidence) -> NotJudged | None:  # noqa: ARG002
         """Why no verdict on a streamed base counts: not all of its bytes were compared. None if they were."""
         entry = self._run.tally.entries[index]
-        needs_all = evidence.base.record is None or entry.spec.base.sha256
-        if not needs_all or not self._run.watch.is_only_listed(base_directory(entry)):
+        if not self._run.watch.is_only_listed(base_directory(entry)):
             return None
         return NotJudged(
             message="the weights of the streamed base were not read to their end, so their SHA-256 is not known",

@@ -21,7 +21,7 @@ from merge_gate.engine.consumer import Consumer
 from merge_gate.files.feed import Feed
 from merge_gate.files.identity import base_identity
 from merge_gate.records.files import FileIdentity
-from merge_gate.records.measured import BaseFigures, Evidence
+from merge_gate.records.measured import Evidence
 from merge_gate.records.refusals import Refused
 from merge_gate.records.terms import Quantization
 from merge_gate.worker.memory import MemoryGroup, give_back
@@ -80,13 +80,6 @@ class GroupBase:
         self.base.template = self.loaded = None
         self.kept.clear()
 
-    def new_figures(self) -> BaseFigures | None:
-        """The figures of a base that was read whole, if the group keeps them and has none of this class."""
-        known = {figures.model_class for figures in self.group.earlier_figures}
-        if not self.group.keeps_figures or self.model_class.label in known:
-            return None
-        return self.base.new_figures(self.model_class)
-
 
 class GroupBases:
     """Loads bases from the files of one directory, which `feed` reads: all skeletons are filled in one pass.
@@ -122,9 +115,6 @@ class GroupBases:
         load.loaded, load.identity = base, self._identity
         verify_base(group.directory, group.base.name, self._identity)
         accounting.add_file_facts(load.base, account, group.directory)
-        earlier = next((known for known in group.earlier_figures if known.model_class == load.model_class.label), None)
-        if earlier is not None and load.is_skeleton:
-            load.base.use_earlier_figures(earlier)
 
     def _read(self, group: Group, model_class: ModelClass) -> Base:
         source = Source(

@@ -111,8 +111,6 @@ def _announced(load: GroupBase, seconds: float) -> Iterator[Event]:
         measured=load.is_measured,
         seconds=seconds,
     )
-    if load.is_measured and (figures := load.new_figures()) is not None:
-        yield BaseMeasured(group=load.position, task=task, facts=load.base.facts, figures=figures)
 
 
 def _judge_tasks(loaded: list[GroupBase], bases: GroupBases) -> Iterator[Event]:
@@ -132,9 +130,7 @@ def _judge_tasks(loaded: list[GroupBase], bases: GroupBases) -> Iterator[Event]:
             confirm_card(bases.job.device)
             if isinstance(event, Merged) and not (load := base_of[event.task]).is_measured:
                 load.is_measured = True
-                yield BaseMeasured(
-                    group=load.position, task=event.task, facts=load.base.facts, figures=load.new_figures()
-                )
+                yield BaseMeasured(group=load.position, task=event.task, facts=load.base.facts)
             yield event
     for load in loaded:
         bases.keep_figures(load.base)
