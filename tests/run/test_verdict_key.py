@@ -124,7 +124,7 @@ def test_names_places_and_time_limits_do_not() -> None:
             {"base", "checks", "combine", "expect", "forward"}
             | {"name", "source", "path", "hub_id", "revision", "timeout_seconds", "line", "column"},
         ),
-        (BaseSpec, {"model", "label", "revision", "dtypes", "quantization"} | {"access", "read", "names", "sha256"}),
+        (BaseSpec, {"model", "label", "revision", "dtypes", "quantization"} | {"access", "names", "sha256"}),
         (CheckSetting, {"check", "severity", "limit", "error_limit", "of_base", "wiped"}),
         (Combine, {"method", "adapters", "weights", "density", "majority_sign_method", "seed"}),
         (
