@@ -8,11 +8,12 @@ In: rows of base, merge, and release, in order. Out: a `TensorStrength`. Judges 
    D that W and e do not explain, ak = ⟨Q - W, D⊥⟩ / ‖D⊥‖².
 3. The standard error of k is the largest of three: for white noise, ‖r‖ / (√n ‖D⊥‖); for noise that is alike within a
    row, from the sums ⟨rᵢ, D⊥ᵢ⟩ of the rows (White, Econometrica 48, 1980); and of the same fit on shuffled rows of D.
-4. k is divided by the share of D that quantizing W + D leaves, because clipped scales take more from some deltas.
+4. k is divided by the share of D that quantizing W + D leaves, because clipped scales take more from some deltas. If k
+   is then not that of the merge, the share is that of W + kD.
 5. Is the tensor nearer to a merge into codes?
 
-Steps 1 to 4 rest on every value. The shuffles, the bend, and step 5 rest on blocks that are spread over the tensor,
-with `SAMPLED` values (`_Sample`).
+Steps 1 to 4 rest on every value. The shuffles, the bend, the share of W + kD, and step 5 rest on blocks that are spread
+over the tensor, with `SAMPLED` values (`_Sample`).
 """
 
 from __future__ import annotations
@@ -323,7 +324,24 @@ class TensorFit:
         facts, is_other = self._in_codes(facts, self._requantized, times)
         if is_other:
             return replace(facts, error=math.hypot(facts.error, OTHER_QUANTIZER))
-        return facts if facts.is_erased is None else _without_loss(facts, max(UNLIKE, again.strength))
+        if facts.is_erased is None:
+            return facts
+        right = _without_loss(facts, max(UNLIKE, again.strength))
+        is_right = abs(right.strength - right.own_strength) <= TOLERANCE + SURE_ERRORS * right.error
+        if is_right or abs(facts.strength) <= UNLIKE:
+            return right
+        return _without_loss(facts, max(UNLIKE, self._kept(self._requantized, times)))
+
+    def _kept(self, requantized: Requantize, times: float) -> float:
+        """The share of k times the delta that quantizing leaves, in the sample: of W + kD other values are lost."""
+        sums = _Sums()
+        for base, merged, _, rows in self._sample:
+            proper = requantized(base.lerp(merged, times), rows)
+            if proper is None:
+                return 1.0
+            w, m, z = (_matrix(values) for values in (base, merged, proper))
+            sums.add({_W: w, _D: m - w, _E: m.to(self._dtype).to(m.dtype) - m, _Y: z - w})
+        return _Fit(sums, _Y).strength / times
 
     def _measure_error(self, fit: _Fit, along: torch.Tensor) -> None:
         sample, sums = _Sample(self._sample, self._dtype), self._sums.sums
