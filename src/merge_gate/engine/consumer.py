@@ -40,11 +40,13 @@ class Consumer:
         takes_tensors: it gets tensors: every value is then merged as PEFT merges it.
         needs_rows: `TensorMerge.keeps_rows` is measured. May be set by `begin`.
         needs_served: `Evidence.served` is filled.
+        needs_whole: tensors of the base pass by whole.
     """
 
     takes_tensors = False
     needs_rows = False
     needs_served = False
+    needs_whole = False
 
     def begin(self, attempt: MergeAttempt, loaded: Loaded) -> None:
         """The merge of an adapter begins, perhaps again."""
@@ -58,8 +60,11 @@ class Consumer:
     def put_rows(self, name: str, rows: torch.Tensor, *, start: int, shape: Sequence[int]) -> None:
         """Some rows of a tensor of this `shape`, from row `start` on. They come in order, and the last ones follow."""
 
-    def pass_by(self, name: str, values: torch.Tensor) -> None:
-        """A tensor of the base, which is read from its files. The merge may still change it."""
+    def pass_by(self, name: str, rows: torch.Tensor, *, start: int) -> None:
+        """A tensor of the base, which is read from its files. The merge may still change it.
+
+        Rows of a large one come in order, from row `start` on.
+        """
 
     def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
         """The merge is complete, and only the tensors with these `names` differ from the base.

@@ -17,8 +17,10 @@ from peft.tuners.lycoris_utils import LycorisLayer
 from merge_gate._internal.errors import EngineError, SourceError
 from merge_gate.engine import adapter_evidence
 from merge_gate.engine.adapter_evidence import merge, merge_together
+from merge_gate.engine.base import loaded_base
 from merge_gate.engine.base.loaded_base import Base
 from merge_gate.engine.base.stored_spans import stored_bytes
+from merge_gate.engine.consumer import Consumer
 from merge_gate.engine.merge import adapter_merge
 from merge_gate.engine.tensors.measure import same_bits
 from merge_gate.engine.tensors.threads import AHEAD
@@ -88,6 +90,47 @@ def test_a_variant_of_lora_comes_to_the_same(name: str, is_mapped: bool, shelf: 
 
 
 # --- one pass ------------------------------------------------------------------------------------------------------
+
+
+class Passing(Consumer):
+    """Keeps what passes by, as lists of rows."""
+
+    takes_tensors = True
+
+    def __init__(self, *, needs_whole: bool) -> None:
+        self.needs_whole = needs_whole
+        self.rows = dict[str, list[torch.Tensor]]()
+
+    def pass_by(self, name: str, rows: torch.Tensor, *, start: int) -> None:
+        assert start == sum(map(len, self.rows.setdefault(name, [])))
+        self.rows[name].append(rows.clone())
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_a_large_tensor_passes_by_in_rows(dtype: str, shelf: Shelf, tmp_path: Path, monkeypatch) -> None:
+    """With the figures that it has as a whole, also where it is not finite."""
+
+    def spoil(tensors: Tensors) -> None:
+        for row, value in ((9, torch.inf), (5, torch.nan), (30, -torch.inf)):
+            tensors["lm_head.weight"][row, 3] = value
+
+    adapter, directory = shelf.adapter("every-projection"), edited_base(shelf.base("llama"), tmp_path / "base", spoil)
+    expected = real(directory, adapter, dtype)
+    merge_together([request(expected, adapter)])
+    monkeypatch.setattr(loaded_base, "ROWS_ELEMENTS", 300)
+    by_rows, whole = Passing(needs_whole=False), Passing(needs_whole=True)
+    for consumers in ((by_rows,), (by_rows, whole)):
+        by_rows.rows.clear()
+        with methods.quiet():
+            base = base_for(directory, adapter, dtype, is_mapped=False)
+        merge_together([request(base, adapter, consumers=consumers)])
+        assert base.stats == expected.stats
+        for passing in consumers:
+            assert passing.rows.keys() == base.tensors.keys()
+            joined = {name: torch.cat(rows) for name, rows in passing.rows.items()}
+            assert [name for name, tensor in joined.items() if not same_bits(tensor, expected.tensors[name])] == []
+        parts = {name: len(rows) for name, rows in by_rows.rows.items() if len(rows) > 1}
+        assert parts.keys() == ({"lm_head.weight", "model.embed_tokens.weight"} if whole not in consumers else set())
 
 
 @pytest.mark.parametrize("threads", ["1", "4"])

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from merge_gate.engine.tensors import measure as module
@@ -13,6 +13,7 @@ from merge_gate.engine.tensors.measure import (
     distance,
     dtype_max,
     dtype_name,
+    joined,
     measure,
     same_bits,
     same_values,
@@ -91,6 +92,15 @@ def tensors(draw: st.DrawFn, dtypes: tuple[torch.dtype, ...]) -> torch.Tensor:
     if look == "reversed slice" and tensor.dim():
         return tensor[1:]
     return tensor
+
+
+@given(tensors(REAL), st.data())
+def test_the_figures_of_rows_are_those_of_the_tensor(tensor: torch.Tensor, data: st.DataObject) -> None:
+    assume(tensor.dim() and len(tensor))
+    cuts = data.draw(st.sets(st.integers(1, len(tensor) - 1))) if len(tensor) > 1 else ()
+    starts = [0, *sorted(cuts)]
+    parts = [(start, measure(tensor[start:end], "t")) for start, end in zip(starts, [*starts[1:], None], strict=True)]
+    assert joined(parts) == measure(tensor, "t")
 
 
 @settings(max_examples=examples(400), deadline=None)

@@ -29,7 +29,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from merge_gate.engine.base.stored_spans import SharedReads
 from merge_gate.engine.tensors.lazy_tensors import LazyTensors
-from merge_gate.engine.tensors.measure import distance, dtype_name, measure, row_norms
+from merge_gate.engine.tensors.measure import distance, dtype_name, joined, measure, row_norms
 from merge_gate.engine.tensors.module_copies import tensors_of
 from merge_gate.engine.tensors.placement import WeightsOnDevice
 from merge_gate.engine.tensors.quantized import (
@@ -60,6 +60,9 @@ if TYPE_CHECKING:
 
 _OF_ONE_RUN = re.compile(r"\s*For details look at [^.!]*above report!?| at 0x[0-9a-f]+")
 """transformers' errors refer to a table in its log, which the reader of a message does not see, and to addresses."""
+
+ROWS_ELEMENTS = 1 << 22
+"""A larger tensor that no adapter changes passes by so many values at a time."""
 
 MOST_TYPICAL = 9
 """So many matrices are read for the typical RMS, because a streamed base may have to send them again."""
@@ -202,11 +205,27 @@ class Base:
 
     def figures(self, name: str) -> TensorStats:
         """The figures of a tensor by its first name. It is measured now if it was not measured before."""
-        stats = self.stats.get(name)
-        if stats is None:
+        if name not in self.stats:
+            self.stats[name] = joined([(start, measure(rows, name)) for start, rows in self.rows_of(name)])
+        return self.stats[name]
+
+    def rows_of(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """The rows of a tensor by its first name, in order, with the number of the first one.
+
+        They come `ROWS_ELEMENTS` values at a time if they are read for this, into memory that the next ones take.
+        """
+        tensor = self.tensors[name]
+        read = self.lazy.rows_of(tensor) if self.lazy is not None and tensor.numel() > ROWS_ELEMENTS else None
+        if read is None:
             with self.filled([name]):
-                stats = self.stats[name] = measure(self.tensors[name], name)
-        return stats
+                yield 0, tensor
+            return
+        count = max(1, ROWS_ELEMENTS * len(tensor) // tensor.numel())
+        for start in range(0, len(tensor), count):
+            shape = (min(count, len(tensor) - start), *tensor.shape[1:])
+            rows = self.buffers().of_shape("rows", shape, tensor.dtype, tensor.device)
+            read(rows, start)
+            yield start, rows
 
     def row_norms(self, name: str, weight: torch.Tensor) -> torch.Tensor:
         """The norms of the rows of a tensor, by its first name. They are measured once; `weight` has its values."""

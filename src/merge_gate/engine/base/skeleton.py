@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -249,7 +250,7 @@ def _groups(mapping: TensorMap, outline: Tensors, newly_initialized: frozenset[s
 
 def _unchanged(targets: _Targets, spans: Mapping[str, StoredBytes]) -> dict[str, StoredBytes]:
     """The tensor of a conversion that keeps the bytes of its stored tensor; empty if it does not."""
-    if targets.group.conversion != RENAMED or len(targets.group.sources) != 1:
+    if not _keeps_values(targets):
         return {}
     place = spans[targets.group.sources[0]]
     return {name: place for name, (_, dtype) in targets.outlines.items() if dtype == place.dtype}
@@ -284,7 +285,7 @@ def _lazy_group(groups: Sequence[_Targets], spans: Mapping[str, StoredBytes], fe
     def fill(tensors: Tensors) -> None:
         values: dict[str, torch.Tensor] = {}
         for stored, targets in reads:
-            if targets.group.conversion == RENAMED and len(targets.group.sources) == 1:
+            if _keeps_values(targets):
                 (name,) = targets.tensors
                 _read_into(tensors[name], stored, feed)
                 continue
@@ -292,22 +293,32 @@ def _lazy_group(groups: Sequence[_Targets], spans: Mapping[str, StoredBytes], fe
             if all(source in values for source in targets.group.sources):
                 _convert(targets, {source: values.pop(source) for source in targets.group.sources}, tensors)
 
+    def read_rows(rows: torch.Tensor, first: int) -> None:
+        _read_into(rows, reads[0][0], feed, first)
+
     return LazyGroup(
         outlines={name: outline for targets in groups for name, outline in targets.outlines.items()},
         fill=fill,
         spans=tuple(stored.span for stored, _ in reads),
+        read_rows=read_rows if len(reads) == 1 and reads[0][0].shape and _keeps_values(groups[0]) else None,
     )
 
 
-def _read_into(tensor: torch.Tensor, stored: StoredBytes, feed: Feed) -> None:
-    """Read a stored tensor that keeps its values, except for a cast."""
+def _keeps_values(targets: _Targets) -> bool:
+    """Whether the tensor of a conversion has the values of its stored tensor, except for a cast."""
+    return targets.group.conversion == RENAMED and len(targets.group.sources) == 1
+
+
+def _read_into(tensor: torch.Tensor, stored: StoredBytes, feed: Feed, first_row: int = 0) -> None:
+    """Read a stored tensor that keeps its values, except for a cast; or its rows from `first_row` on."""
+    place = stored.span.start + first_row * math.prod(stored.shape[1:]) * stored.dtype.itemsize
     if stored.dtype == tensor.dtype:
-        feed.read(stored.span.file, stored.span.start, bytes_of(tensor))
+        feed.read(stored.span.file, place, bytes_of(tensor))
         return
     flat, buffer = tensor.view(-1), torch.empty(min(tensor.numel(), CAST_ELEMENTS), dtype=stored.dtype)
     for start in range(0, tensor.numel(), CAST_ELEMENTS):
         block = buffer[: tensor.numel() - start]
-        feed.read(stored.span.file, stored.span.start + start * stored.dtype.itemsize, bytes_of(block))
+        feed.read(stored.span.file, place + start * stored.dtype.itemsize, bytes_of(block))
         values = block.float() if block.itemsize == 2 else block  # noqa: PLR2004 - halves by float32: half of the time
         flat[start : start + len(block)].copy_(values)
 

@@ -26,13 +26,15 @@ from typing import Any
 import torch
 
 from merge_gate.engine.base.loaded_base import Base
+from merge_gate.engine.consumer import Consumer
 from merge_gate.engine.merge.adapter_merge import AdapterMerge
 from merge_gate.engine.merge.plan import BlockLayer
 from merge_gate.engine.tensors.lazy_tensors import LazyGroup
+from merge_gate.engine.tensors.measure import joined, measure
 from merge_gate.engine.tensors.placement import random_states, restore_random
 from merge_gate.engine.tensors.threads import spread, threads
 from merge_gate.records.files import FileSpan
-from merge_gate.records.measured import TensorMerge
+from merge_gate.records.measured import TensorMerge, TensorStats
 
 
 def merge_planned(merges: Sequence[AdapterMerge], bases: Iterable[Base] = ()) -> None:
@@ -159,6 +161,9 @@ class _Pass:
         try:
             with feed.shared(step.spans) if feed is not None and is_shared else nullcontext():
                 for base, names in step.parts:
+                    if len(names) == 1 and self._is_passed_by(base, names[0]):
+                        self._pass_by(base, names[0])
+                        continue
                     with base.filled(names):
                         for name in names:
                             self._visit_tensor(base, name)
@@ -166,10 +171,32 @@ class _Pass:
             self._is_over.set()  # the steps that were begun ahead are of no use
             raise
 
+    def _is_passed_by(self, base: Base, name: str) -> bool:
+        """Whether only its rows are needed, each once: no merge changes it now."""
+        key = id(base), name
+        return (
+            key not in self._blocks
+            and key not in self._independent
+            and not any(consumer.needs_whole for consumer in self._consumers(base))
+        )
+
+    def _consumers(self, base: Base) -> list[Consumer]:
+        return [consumer for merge in self._merges if merge.base is base for consumer in merge.consumers]
+
+    def _pass_by(self, base: Base, name: str) -> None:
+        """Measure a tensor, and show it to the consumers."""
+        parts, consumers = list[tuple[int, TensorStats]](), self._consumers(base)
+        for start, rows in base.rows_of(name):
+            for consumer in consumers:
+                consumer.pass_by(name, rows, start=start)
+            if name not in base.stats:
+                parts.append((start, measure(rows, name)))
+        if parts:
+            base.stats[name] = joined(parts)
+
     def _visit_tensor(self, base: Base, name: str) -> None:
-        for merge in self._merges:
-            for consumer in merge.consumers if merge.base is base else ():
-                consumer.pass_by(name, base.tensors[name])
+        for consumer in self._consumers(base):
+            consumer.pass_by(name, base.tensors[name], start=0)
         blocks = self._blocks.get((id(base), name), ())
         if base.figures(name).finite and blocks:
             weight = base.on_device(name)

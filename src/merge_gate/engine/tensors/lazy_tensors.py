@@ -42,11 +42,14 @@ class LazyGroup:
         outlines: the shape and the dtype of each tensor. None is empty: an empty tensor has no address.
         fill: writes all values of these tensors.
         spans: the parts of files that `fill` reads, in its order.
+        read_rows: writes the values of some rows of its only tensor, from the given one on, into other memory; None if
+            no rows can be read alone.
     """
 
     outlines: Mapping[str, tuple[Sequence[int], torch.dtype]]
     fill: Callable[[Tensors], None]
     spans: tuple[FileSpan, ...] = ()
+    read_rows: Callable[[torch.Tensor, int], None] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -138,6 +141,11 @@ class LazyTensors:
         """Whether it has its values for good. True for a tensor that is not lazy."""
         mapped = self._by_address.get(tensor.data_ptr())
         return mapped is None or mapped.kept
+
+    def rows_of(self, tensor: torch.Tensor) -> Callable[[torch.Tensor, int], None] | None:
+        """What reads rows of a tensor without filling it. None if it has its values for good, or only has all rows."""
+        mapped = self._by_address.get(tensor.data_ptr())
+        return None if mapped is None or mapped.kept else mapped.group.read_rows
 
     def fill_touched(self) -> bool:
         """Fill, for good, each group that was read or written while it had no values. True if there was one."""

@@ -8,7 +8,7 @@ first index are taken only where that pass says non-finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -63,6 +63,27 @@ def measure(tensor: torch.Tensor, name: str) -> TensorStats:
     if math.isfinite(low) and math.isfinite(high):
         return replace(stats, minimum=low, maximum=high)
     return _count(values, stats)
+
+
+def joined(parts: Sequence[tuple[int, TensorStats]]) -> TensorStats:
+    """The figures of a tensor, from those of its rows, in order, with the number of the first one of each part."""
+    if len(parts) == 1:
+        return parts[0][1]
+    stats = [stats for _, stats in parts]
+    lows = [one.minimum for one in stats if one.minimum is not None]
+    highs = [one.maximum for one in stats if one.maximum is not None]
+    places = ((start + one.first_index[0], *one.first_index[1:]) for start, one in parts if one.first_index)
+    return replace(
+        stats[0],
+        shape=(sum(one.shape[0] for one in stats), *stats[0].shape[1:]),
+        numel=sum(one.numel for one in stats),
+        minimum=min(lows, default=None),
+        maximum=max(highs, default=None),
+        nan=sum(one.nan for one in stats),
+        posinf=sum(one.posinf for one in stats),
+        neginf=sum(one.neginf for one in stats),
+        first_index=next(places, None),
+    )
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,7 @@ class PublicationConsumer(Consumer):
         self._files: PlannedFiles | None = None
         self._taken: set[str] = set()
         self._cast: torch.dtype | None = None if dtype in {PRESERVE, AS_MERGED} else getattr(torch, dtype)
-        self._is_preserved = dtype == PRESERVE
+        self.needs_whole, self._is_preserved = self._cast is not None, dtype == PRESERVE
         self.settings: dict[str, Any] = {}
         self._problem: GateError | None = None
         self._planned: dict[str, StoredTensor] = {}
@@ -220,13 +220,13 @@ class PublicationConsumer(Consumer):
             with self._attempt(name):
                 self._put_rows(name, rows, start, tuple(shape))
 
-    def pass_by(self, name: str, values: torch.Tensor) -> None:
+    def pass_by(self, name: str, rows: torch.Tensor, *, start: int) -> None:  # noqa: ARG002 - 0: it `needs_whole`
         """Cast what the merge does not change while it has values, so that the base is read once."""
         if self._problem is None and self._cast is not None and name not in self._expected:
             with self._attempt(name):
                 for group in self._layout.groups(name):
                     if any(source in self._planned for source in group.sources):
-                        self._collect(group, name, values.detach())
+                        self._collect(group, name, rows.detach())
 
     def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:
         planned = self._own.base.aliases.keys() - self._layout.base.aliases.keys()

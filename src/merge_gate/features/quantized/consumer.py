@@ -210,9 +210,15 @@ class StrengthConsumer(Consumer):
         if isinstance(self._release, ByModelNames):
             self._release.expect(outlines)
 
-    def pass_by(self, name: str, values: torch.Tensor) -> None:
-        if name not in self._expected and name not in self._facts and values.numel():
-            self._compare_others(name)
+    def pass_by(self, name: str, rows: torch.Tensor, *, start: int) -> None:
+        if name in self._expected or not rows.numel():
+            return
+        if start == 0 and name not in self._facts:
+            self._begun[name] = self._begin(name, None)
+        for comparison in self._begun.get(name, ()):
+            comparison.take(None, rows, start)
+        if _is_last(rows, start, self._base.tensors[name].shape):
+            self._end(self._begun.pop(name, ()))
 
     def put(self, name: str, values: torch.Tensor) -> None:
         self.put_rows(name, values.detach(), start=0, shape=values.shape)
@@ -221,8 +227,11 @@ class StrengthConsumer(Consumer):
         if start == 0:
             self._merged.add(name)
             self._begun[name] = self._begin(name, tuple(shape))
-        self._take(name, self._begun[name], rows, start)
-        if start + len(rows) == shape[0]:
+        first = self._base.first_name(name)
+        with torch.no_grad(), self._base.filled([first]):
+            for comparison in self._begun[name]:
+                comparison.take(self._base.tensors[first].detach(), rows, start)
+        if _is_last(rows, start, shape):
             self._end(self._begun.pop(name))
 
     def complete(self, names: Collection[str], untied: Collection[tuple[str, str]]) -> None:  # noqa: ARG002
@@ -244,18 +253,14 @@ class StrengthConsumer(Consumer):
         is_copied = shape is not None and _is_copied(name, shape, self._members)
         return [_Comparison(self._release, own, base, known, shape, self._dtype, is_copied=is_copied) for own in stored]
 
-    def _take(self, name: str, comparisons: Sequence[_Comparison], rows: torch.Tensor | None, start: int) -> None:
-        first = self._base.first_name(name)
-        with torch.no_grad(), self._base.filled([first]):
-            for comparison in comparisons:
-                comparison.take(self._base.tensors[first].detach(), rows, start)
-
     def _end(self, comparisons: Sequence[_Comparison]) -> None:
         self._facts |= {comparison.name: comparison.facts() for comparison in comparisons}
 
     def _compare_others(self, name: str) -> None:
         comparisons = self._begin(name, None)
-        self._take(name, comparisons, None, 0)
+        for start, rows in self._base.rows_of(self._base.first_name(name)):
+            for comparison in comparisons:
+                comparison.take(None, rows, start)
         self._end(comparisons)
 
     def end(self, attempt: MergeAttempt) -> Evidence:
@@ -315,7 +320,7 @@ class _Comparison:
         )
         self._fits: list[tuple[int, int, TensorFit]] = []
         self._is_copied, self._differing = is_copied and not self._outline.kind, 0
-        self._waiting: torch.Tensor | None = None
+        self._waiting: list[torch.Tensor] = []
         if not is_near(self._outline.shape, expected):
             return  # the values are not read
         self._tensor = release.open(name)
@@ -332,32 +337,34 @@ class _Comparison:
                 fit = TensorFit(replace(part, first_row=start), shape, dtype, again)
                 self._fits.append((start, end, fit))
 
-    def take(self, base: torch.Tensor, rows: torch.Tensor | None, start: int) -> None:
-        """Take rows of the merge, from `start` on; or all rows of the base. They are only valid during the call."""
+    def take(self, base: torch.Tensor | None, rows: torch.Tensor, start: int) -> None:
+        """Take rows of the merge into this base, from `start` on; or of the base. They are valid during the call."""
         if not self._fits:
             return
-        base = base if base.dim() else base.view(1)
-        if rows is None:
-            self._compare(base, None, 0, self._fits[-1][1])
-            return
-        rows = rows if rows.dim() else rows.view(1)
-        if self._waiting is not None:
-            rows, start, self._waiting = torch.cat((self._waiting, rows)), start - len(self._waiting), None
-        end = start + len(rows)
-        ready = end if end >= self._fits[-1][1] else end - end % self._tensor.step
-        self._compare(base, rows, start, ready)
+        rows = rows.detach() if rows.dim() else rows.detach().view(1)
+        base = base if base is None or base.dim() else base.view(1)
+        end, step = start + len(rows), self._tensor.step
+        count = max(1, BLOCK // max(1, math.prod(rows.shape[1:])) // step) * step
+        ready = end if end >= self._fits[-1][1] else end - end % (count if base is None else step)
+        if ready > start:
+            if self._waiting:
+                start, rows = start - sum(map(len, self._waiting)), torch.cat((*self._waiting, rows))
+            self._compare(base, rows, start, ready, count)
+            rows, self._waiting = rows[ready - start :], []
         if ready < end:
-            self._waiting = rows[ready - start :].clone()
+            self._waiting.append(rows.clone())
 
-    def _compare(self, base: torch.Tensor, rows: torch.Tensor | None, start: int, end: int) -> None:
-        step = self._tensor.step
+    def _compare(self, base: torch.Tensor | None, rows: torch.Tensor, start: int, end: int, count: int) -> None:
         for first, last, fit in self._fits:
-            size = max(1, math.prod(base.shape[1:]))
-            count = max(1, BLOCK // size // step) * step
             for begin in range(max(start, first), min(end, last), count):
                 span = slice(begin, min(begin + count, end, last))
-                of_base = base[span].float() if first < self._known else torch.zeros(span.stop - begin, *base.shape[1:])
-                merged = of_base if rows is None else rows[begin - start : span.stop - start].cpu().float()
+                merged = rows[begin - start : span.stop - start].cpu().float()
+                if base is None:
+                    of_base = merged
+                elif first < self._known:
+                    of_base = base[span].float()
+                else:
+                    of_base = torch.zeros_like(merged)
                 actual = self._tensor.read(span)
                 fit.add(of_base, merged, actual.view(of_base.shape), span)
                 if self._is_copied and first >= self._known:
@@ -370,6 +377,10 @@ class _Comparison:
             for first, _, fit in self._fits
         )
         return facts or (self._outline,)
+
+
+def _is_last(rows: torch.Tensor, start: int, shape: Sequence[int]) -> bool:
+    return not rows.dim() or start + len(rows) == shape[0]
 
 
 def _is_copied(name: str, shape: Sequence[int], members: Sequence[AdapterFiles]) -> bool:
