@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from merge_gate.worker.call_service import CALL_CHANNELS
 from tests.support.attacking_worker import MESSAGES, OWN_LIES, attacked
 from tests.support.command import (
     COMMAND,
@@ -124,6 +125,40 @@ def test_the_largest_messages_and_calls_take_a_gibibyte_of_the_parent_at_most(pl
     assert run.wait(10) == 3, (place / "log").read_text()
     assert 100 << 20 < peak - before < 1 << 30
     assert strict_json(place / "merge-gate-report" / "report.json")["complete"]
+
+
+def test_files_that_a_worker_sends_stay_open_nowhere(place: Path) -> None:
+    """By the thousand, with events and calls. An answer has one at a time."""
+    with told(place) as line:
+        run = start("run", "gate.yml", cwd=place, **attacked(place, ["sends-files"], publish=True))
+        line.recv(100)
+        before = len([*Path(f"/proc/{run.pid}/fd").iterdir()])
+        line.recv(100)
+        assert len([*Path(f"/proc/{run.pid}/fd").iterdir()]) <= before + CALL_CHANNELS
+    assert run.wait(60) == 3, (place / "log").read_text()
+    report = strict_json(place / "merge-gate-report" / "report.json")
+    assert report["complete"]
+    assert len(report["adapters"]) == 1
+
+
+@pytest.mark.parametrize("attack", ["floods-with-bases", "floods-with-devices"])
+def test_what_a_flood_leaves_in_the_parent_is_bounded(attack: str, place: Path) -> None:
+    """Its memory, what it prints, and the report."""
+    with told(place) as line:
+        run = start("run", "gate.yml", "--verbose", cwd=place, **attacked(place, [attack, "healthy"], seconds=30))
+        line.recv(100)
+        before = peak = _peak_bytes(run.pid)
+        until = time.monotonic() + PATIENCE_S
+        while run.poll() is None and time.monotonic() < until:
+            peak = max(peak, _peak_bytes(run.pid))
+            time.sleep(0.01)
+    log = (place / "log").read_text()
+    assert run.wait(10) == 3, log[-2000:]
+    assert peak - before < 100 << 20
+    assert len(log) < 20_000
+    assert (place / "merge-gate-report" / "report.json").stat().st_size < 1 << 20
+    verdicts = [one["verdict"] for one in strict_json(place / "merge-gate-report" / "report.json")["adapters"]]
+    assert verdicts == ["error", "passed"]
 
 
 def test_a_worker_that_holds_the_interpreter_dies_with_its_parent(place: Path) -> None:

@@ -7,6 +7,7 @@ bases, and gives the environment of a run on them. An attack sends a line to the
 import ctypes
 import errno
 import fcntl
+import itertools
 import json
 import os
 import pickle
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from merge_gate.features.publish.calls import PublicationPlanned
-from merge_gate.records.files import StoredTensor
+from merge_gate.records.files import FileIdentity, StoredTensor
 from merge_gate.records.measured import BaseFacts, Evidence, FileTensor, TensorMerge, TensorStats
 from merge_gate.records.refusals import NotJudged, Refusal
 from merge_gate.records.report import Sandbox
@@ -64,7 +65,7 @@ def attacked(place: Path, names: Iterable[str], *, seconds: int = 600, publish: 
     overlay.mkdir()
     program = PROGRAM.format(root=str(Path(__file__).parents[2]))
     (overlay / "sitecustomize.py").write_text(OVERLAY.format(program=program))
-    return {"PYTHONPATH": str(overlay)}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(overlay), os.environ.get("PYTHONPATH"))))}
 
 
 class Attacker:
@@ -289,6 +290,56 @@ def _large_facts(facts: BaseFacts, limits: Limits) -> BaseFacts:
     )
 
 
+def _sends_files(at: Attacker) -> None:
+    """Open files with events and calls, of which the parent takes none, and with messages that it refuses."""
+    at.merge_started()
+    at.tell()
+    files = [os.open(os.devnull, os.O_RDONLY)] * 50
+
+    def send(channel: Channel, message: object) -> None:
+        while True:
+            try:
+                return channel.send(message, files)
+            except OSError as error:  # so many are on their way
+                if error.errno != errno.ETOOMANYREFS:
+                    raise
+            time.sleep(0.01)
+
+    for _ in range(50):
+        send(at.channel, protocol.InProgress(task=at.task))
+        for channel in at.calls:
+            send(channel, PublicationPlanned(task=at.task, tensors=()))
+            channel.receive()
+            for file in channel.taken_files():
+                os.close(file)
+    at.tell()
+    for channel in (*at.calls, at.channel):
+        send(channel, protocol.Idle())
+    time.sleep(60)
+
+
+def _floods_bases(at: Attacker) -> None:
+    """Every event of which something is printed or kept, with other and long texts each time."""
+    at.tell()
+    text = "x" * 300_000
+    for number in itertools.count():
+        at.send(BaseLoading(group=at.group))
+        facts = replace(at.facts, loaded_as=f"{number}{text}", no_skeleton=text, parameters=number)
+        facts = replace(facts, replaced=(text,) * 3, dtypes=((text, 0.5),) * 3)
+        files = (FileIdentity(name=text, device=number, inode=0, size_bytes=0, mtime_ns=0, ctime_ns=0),)
+        at.send(protocol.BaseLoaded(group=at.group, task=at.task, facts=facts, identity=files, seconds=0.0))
+        at.send(protocol.BaseMeasured(group=at.group, task=at.task, facts=facts))
+        at.send(MergeStarted(task=at.task))
+
+
+def _floods_devices(at: Attacker) -> None:
+    """Devices without end, before the first base."""
+    at.tell()
+    for number in itertools.count():
+        text = f"{number}" + "x" * 300_000
+        at.send(protocol.DeviceChosen(device="cpu", device_name=text, sandbox=Sandbox(missing=(text,) * 3)))
+
+
 _PDEATHSIG = 1
 
 
@@ -339,6 +390,9 @@ TIMES: dict[str, Callable[[Attacker], None]] = {
     "holds-the-interpreter": _holds,
     "reads-nothing": _reads_nothing,
     "sends-large-calls": _large_calls,
+    "sends-files": _sends_files,
+    "floods-with-bases": _floods_bases,
+    "floods-with-devices": _floods_devices,
 }
 
 

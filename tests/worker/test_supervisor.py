@@ -46,7 +46,7 @@ from merge_gate.worker.protocol import (
     Task,
     Unjudged,
 )
-from merge_gate.worker.supervisor import FIRST_NOTE_S, FORWARD_SHARE, Attempt, WorkerSlot, supervise
+from merge_gate.worker.supervisor import FIRST_NOTE_S, FORWARD_SHARE, MOST_THREADS, Attempt, WorkerSlot, supervise
 from tests.support.command import alive, children_of, wait_until
 from tests.support.engine.base_headers import base_files
 from tests.support.faults import configure
@@ -786,6 +786,25 @@ def test_no_event_moves_the_limit_of_a_base(events: list[Event], trio: Group, tm
     second = replace(first, directory=str(tmp_path), tasks=(replace(first.tasks[0], index=1),))
     attempt = begun(Job(groups=(first, second)), MergeStarted(task=0), clock=lambda: clock[0])
     assert overdue_after(attempt, clock, events) <= 2 * 3 * TIMEOUT_S
+
+
+@pytest.mark.parametrize("event", [BaseLoading(group=0), MergeStarted(task=1)], ids=["load", "merge"])
+def test_what_is_shown_comes_twice_for_each_adapter_at_most(event: Event, trio: Group) -> None:
+    attempt = Attempt(Job(groups=(trio,)), Killer())
+    attempt.receive(BaseLoading(group=0))
+    for _ in range(6 - isinstance(event, BaseLoading)):
+        attempt.receive(event)
+    with pytest.raises(GarbledError, match=f"more than 6 of {type(event).__name__}"):
+        attempt.receive(event)
+
+
+def test_the_threads_of_a_pass_are_bounded(job: Job) -> None:
+    """The latest ones count."""
+    attempt = begun(job, MergeStarted(task=0, others=(1, 2)))
+    for thread in range(10 * MOST_THREADS):
+        attempt.receive(InProgress(task=int(thread >= MOST_THREADS), thread=thread))
+    assert len(attempt._in_progress) == MOST_THREADS
+    assert turns(attempt) == {0: TOGETHER, 1: SUSPECTED, 2: TOGETHER}
 
 
 def test_a_base_may_be_loaded_as_a_class_for_each_adapter(trio: Group) -> None:

@@ -182,7 +182,9 @@ class BaseWatch:
     def loaded(self, directory: str, identity: tuple[FileIdentity, ...], entries: Iterable[int]) -> None:
         """The worker loaded the base from files of this identity; the verdicts on these entries depend on it."""
         for entry in entries:
-            self._loads.setdefault(entry, (directory, set()))[1].add(identity)
+            identities = self._loads.setdefault(entry, (directory, set()))[1]
+            if len(identities) <= 1:  # with two, the verdicts are void
+                identities.add(identity)
 
     def reused(self, directory: str, entry: int) -> None:
         """The cached verdict on this entry depends on the files that were hashed, or that the Hub lists."""

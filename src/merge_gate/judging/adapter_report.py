@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from merge_gate.judging import all_checks, verdict
-from merge_gate.judging.bounds import bounded, cut
+from merge_gate.judging.bounds import MOST_FINDINGS, bounded, cut
 from merge_gate.judging.checks import (
     base_format,
     base_incomplete,
@@ -126,7 +126,10 @@ def base_report(facts: BaseFacts, files: BaseFiles | None = None) -> BaseReport:
     notes = files.notes if files is not None else ()
     shared = {field.name: getattr(facts, field.name) for field in fields(BaseReport) if hasattr(facts, field.name)}
     findings = bounded([*(finding for check in _OF_BASES for finding in check.of_base(facts)), *notes])
-    return BaseReport(**shared | {"no_skeleton": facts.no_skeleton[:_REASON_CHARACTERS], "findings": findings})
+    texts = {"no_skeleton": facts.no_skeleton[:_REASON_CHARACTERS], "loaded_as": cut(facts.loaded_as)}
+    replaced = tuple(map(cut, facts.replaced[:MOST_FINDINGS]))
+    dtypes = tuple((cut(dtype), count) for dtype, count in facts.dtypes[:MOST_FINDINGS])
+    return BaseReport(**shared | texts | {"replaced": replaced, "dtypes": dtypes, "findings": findings})
 
 
 def refused_base_report(asked: BaseKey, refusal: Refusal | NotJudged) -> BaseReport | None:

@@ -23,6 +23,7 @@ from merge_gate._internal.text import counted
 from merge_gate.files.base_watch import BaseWatch, base_directory
 from merge_gate.files.resolve import Fetching, Inputs
 from merge_gate.judging import adapter_report
+from merge_gate.judging.bounds import cut
 from merge_gate.records.config import Config
 from merge_gate.records.features import part
 from merge_gate.records.files import Entry, Fetched
@@ -327,7 +328,8 @@ class Run:
 
     def _note_device(self, event: protocol.DeviceChosen) -> None:
         if event.sandbox.missing and not self.tally.environment.sandbox.missing:
-            self.view.note(f"the worker's sandbox is incomplete: {'; '.join(event.sandbox.missing)}")
+            missing = cut("; ".join(event.sandbox.missing))
+            self.view.note(f"the worker's sandbox is incomplete: {missing}")
         if event.device == "cpu" and self.tally.environment.device == "auto" and has_card():
             self.view.note(f"the CPU merges: there is a GPU, but torch sees none; {why_no_card(os.environ)}")
         self.verdicts.device = device_name(event)

@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -49,6 +50,14 @@ FIRST_NOTE_S = 60.0
 
 FORWARD_SHARE = 2
 """The model of an adapter may run for half of the time limit of its merge, also together with others."""
+
+MOST_STARTS, MOST_THREADS = 2, 1024
+"""A process sends each event of `_SHOWN` at most so many times for each adapter, and has at most so many threads."""
+
+_SHOWN = (
+    protocol.DeviceChosen | protocol.BaseLoading | protocol.BaseLoaded | protocol.BaseMeasured | protocol.MergeStarted
+)
+"""Events of which the parent prints or keeps something. Of the others, it keeps the last one."""
 
 Services = Sequence[Callable[[Job], "Service | None"]]
 """What answers calls of the worker, for each of its processes with a job. None: the job asks for no such calls."""
@@ -177,6 +186,7 @@ class Attempt:
         self.job, self._listen, self._clock = job, listen, clock
         self._bases = bases if bases is not None else {}
         self._open = {task.index: (number, task) for number, group in enumerate(job.groups) for task in group.tasks}
+        self._most_shown, self._shown = MOST_STARTS * max(1, len(self._open)), Counter[type]()
         self._base_runs = [group.base_run for group in job.groups]
         self._limits_s = _limits_s(job)
         self._directory: str | None = None  # of the base in progress
@@ -216,6 +226,10 @@ class Attempt:
     def _recorded(self, event: Event) -> Event:  # noqa: C901 - a case for each event
         if not self._is_fit(event):
             raise GarbledError(f"{type(event).__name__} of an adapter that is not in progress")
+        if isinstance(event, _SHOWN):
+            self._shown[type(event)] += 1
+            if self._shown[type(event)] > self._most_shown:
+                raise GarbledError(f"more than {self._most_shown:,} of {type(event).__name__}")
         match event:
             case protocol.BaseLoading():
                 self._enter(self.job.groups[event.group].directory)
@@ -231,7 +245,10 @@ class Attempt:
                 if event.thread is None:
                     self._in_progress.clear()
                 self._in_progress.pop(None, None)
+                self._in_progress.pop(event.thread, None)
                 self._in_progress[event.thread] = event.task
+                if len(self._in_progress) > MOST_THREADS:
+                    del self._in_progress[next(iter(self._in_progress))]
             case protocol.MergeProgressed():
                 self._progress = (
                     f" (at {event.done:,} of {counted(event.total, 'module')}, {quoted(event.module, 200, mark='')})"
