@@ -1,6 +1,8 @@
 """The parsers of what strangers write stand any bytes: those that are kept, and a minute of others."""
 
 import argparse
+import importlib
+import pkgutil
 import re
 import subprocess
 import sys
@@ -10,8 +12,8 @@ from typing import get_args
 
 import pytest
 
-from merge_gate.features.publish.calls import PublicationService
-from merge_gate.features.stream.feed_service import FeedService
+from merge_gate import features
+from merge_gate.worker.call_service import Service
 from merge_gate.worker.channel import FROM_WORKER
 from merge_gate.worker.encoding import GarbledError, decoded
 from merge_gate.worker.protocol import Event, Idle, PickleListed
@@ -47,7 +49,9 @@ def test_the_corpus_has_every_event_and_every_call() -> None:
 
 
 def test_every_call_of_a_feature_is_fuzzed() -> None:
-    services = [PublicationService, FeedService]
+    for module in pkgutil.walk_packages(features.__path__, f"{features.__name__}."):
+        importlib.import_module(module.name)
+    services = [one for one in Service.__subclasses__() if one.__module__.startswith(features.__name__)]
     assert {call for service in services for call in service.calls} == set(get_args(targets.CALLS))
 
 

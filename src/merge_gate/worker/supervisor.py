@@ -226,10 +226,7 @@ class Attempt:
     def _recorded(self, event: Event) -> Event:  # noqa: C901 - a case for each event
         if not self._is_fit(event):
             raise GarbledError(f"{type(event).__name__} of an adapter that is not in progress")
-        if isinstance(event, _SHOWN):
-            self._shown[type(event)] += 1
-            if self._shown[type(event)] > self._most_shown:
-                raise GarbledError(f"more than {self._most_shown:,} of {type(event).__name__}")
+        self._count(event)
         match event:
             case protocol.BaseLoading():
                 self._enter(self.job.groups[event.group].directory)
@@ -242,13 +239,7 @@ class Attempt:
                 self._merging, self._in_progress = (event.task, *event.others), {}
                 self._begin(sum(self._open[index][1].timeout_s for index in self._merging))
             case protocol.InProgress():
-                if event.thread is None:
-                    self._in_progress.clear()
-                self._in_progress.pop(None, None)
-                self._in_progress.pop(event.thread, None)
-                self._in_progress[event.thread] = event.task
-                if len(self._in_progress) > MOST_THREADS:
-                    del self._in_progress[next(iter(self._in_progress))]
+                self._note_thread(event)
             case protocol.MergeProgressed():
                 self._progress = (
                     f" (at {event.done:,} of {counted(event.total, 'module')}, {quoted(event.module, 200, mark='')})"
@@ -268,6 +259,19 @@ class Attempt:
             case _:
                 assert_never(event)
         return event
+
+    def _note_thread(self, event: protocol.InProgress) -> None:
+        if event.thread is None:
+            self._in_progress.clear()
+        for thread in (None, event.thread, *[*self._in_progress][: 1 - MOST_THREADS]):
+            self._in_progress.pop(thread, None)
+        self._in_progress[event.thread] = event.task
+
+    def _count(self, event: Event) -> None:
+        if isinstance(event, _SHOWN):
+            self._shown[type(event)] += 1
+            if self._shown[type(event)] > self._most_shown:
+                raise GarbledError(f"more than {self._most_shown:,} of {type(event).__name__}")
 
     def _enter(self, directory: str) -> None:
         """A base is loaded, perhaps again, as another class or in another dtype. Its time adds up."""
