@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 import unicodedata
 
 import pytest
@@ -88,12 +89,41 @@ def test_quoted_text_is_short_and_visible(text: str, shown: str) -> None:
         ("/srv/https:/u:SECRET@host/a", "/srv/https:/…@host/a"),
         ("x='s3://SECRET@host'", "x='s3://…@host'"),
         ("C:/a@b and http://host/a", "C:/a@b and http://host/a"),
+        ("https://user:a SECRET@host/a", "https://…@host/a"),
+        ("https://a user:a SECRET@host/a", "https://…@host/a"),
+        ("https://user:a SECRET@host/a is gone: no", "https://…@host/a is gone: no"),
+        ("user:SECRET@host/a", "…@host/a"),
+        ("cannot reach 'user:SEC@RET@host': no", "cannot reach '…@host': no"),
+        ("base=user:SECRET@[::1]/a", "base=…@[::1]/a"),
+        ("acme/gate:1.0@sha256:ab", "acme/gate:1.0@sha256:ab"),
+        ("gate:1.0@sha256:ab", "gate:1.0@sha256:ab"),
+        ("C:\\models\\a@b", "C:\\models\\a@b"),
+        ("see https://host: mail a@b", "see https://host: mail a@b"),
+        ("gate.yml:3: base acme/a@v1", "gate.yml:3: base acme/a@v1"),
     ],
 )
 def test_urls_lose_their_credentials(text: str, shown: str) -> None:
     assert without_credentials(text) == shown
     assert quoted(text, 200, "") == shown
     assert one_line(text) == safe_text(text) == shown
+
+
+@pytest.mark.parametrize(("text", "shown"), [
+    ("user:a SECRET@host/a", "…@host/a"),
+    ("user:SEC@RET SECRET@host/a", "…@host/a"),
+    ("https://user:SEC@RET SECRET@host/a", "https://…@host/a"),
+    ("https://user:a\nSECRET@host/a", "https://…@host/a"),
+    ("user: a@host", "user: a@host"),
+])  # fmt: skip
+def test_quoted_text_as_a_whole_may_be_a_url(text: str, shown: str) -> None:
+    assert quoted(text, 200, "") == shown
+
+
+@pytest.mark.parametrize("text", ["a:", "@ a://b:", "a:b@ ", "@https://a:b ", "'a:", "a@b:c"])
+def test_credentials_are_found_in_linear_time(text: str) -> None:
+    began_s = time.process_time()
+    quoted(text * 100_000)
+    assert time.process_time() - began_s < 2
 
 
 def test_a_long_url_is_cut_after_its_credentials() -> None:
