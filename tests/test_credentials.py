@@ -17,8 +17,9 @@ from tests.support.models import Shelf, read_config, write_config
 
 URLS = (
     "https://user:SECRET@host.invalid/x?token=SECRET",
-    "https://user:pa'SECRET@host.invalid/x",
+    "https://user:pa' SECRET@host.invalid/x",
     f"https://user:{'SECRET' * 60}@host.invalid/x",
+    "user:pa SECRET@host.invalid/x",
 )
 INPUTS = {"merge-gate.yml", "adapter_config.json"}
 

@@ -39,15 +39,11 @@ MOST_FOREIGN = 300
 
 # A path of pathlib has one slash after the scheme. A password may have quotes. Marks at the end are the sentence's.
 _URL = re.compile(r"(?<![\w+.-])([\w+.-]{2,}://?)([^\s<>`]*[^\s<>`\"'),.;:\]}])")
-# `user:password@host`. A digest behind the @ (`image:tag@sha256:…`) is no host, and `C:\\` is no user.
-_HOST = r"(?=@(?!sha256:)[\w\[])"
-_NO_SCHEME = re.compile(rf"(?<!\S)([\"'(\[{{]*(?:[\w.-]+=)?)(?![A-Za-z]:\\)[\w.+%-]+:(?!/)\S+{_HOST}")
-_USER = re.compile(r"([\w+.-]{2,}://?)[^/@:]+:(?=\S)")
-# A whole text whose password has blanks. `file.yml:3: …` is a place.
-_ALONE = re.compile(
-    r"\A((?:[\w.-]+=)?(?:[\w+.-]{2,}://?)?)(?![A-Za-z]:\\)(?:(?<=/)[^/@:]+|[\w.+%-]+):"
-    rf"(?!\d+:\s|[\s/])\S*\s.*{_HOST}",
-    re.DOTALL,
+# `user:password@host` with or without a scheme, and a password with up to 4 blanks. A digest behind the @ is no host
+# (`image:tag@sha256:…`), `C:\\` is no user, and `file.yml:3: …` is a place.
+_PASSWORD = re.compile(
+    r"(?<!\S)([^\s:]*?[\w+.-]{2,}://?(?=[^/@:\n]+:)|[\"'(\[{]*(?:[\w.-]+=)?(?![A-Za-z]:\\)(?=[\w.+%-]+:))"
+    r"[^/@:\n]+:(?!\d+:\s|[\s/])\S*(?:[ \t]+(?!\S*:/)\S*){0,4}(?=@(?!sha256:)[\w\[])"
 )
 _TOKENS, _LEAST_TOKEN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), 8
 _LONG_WORD = re.compile(rf"\S{{{MOST_FOREIGN + 1},}}")
@@ -55,26 +51,13 @@ _MARKS, _MOST_MARKS = "\"'),.;:]}", 4
 
 
 def without_credentials(text: str) -> str:
-    """`text` without the token of the Hub, and without what may be secret in URLs: all before an `@`, and the query.
-
-    A host without a scheme loses its user and password, too. If a password has blanks, the rest of its line up to the
-    last `@` is left out.
-    """
+    """`text` without the token of the Hub, and without what may be secret in URLs: all before an `@`, and the query."""
     for token in (os.environ.get(name, "").strip() for name in _TOKENS):
         if len(token) >= _LEAST_TOKEN:
             text = text.replace(token, "***")
-    if ":/" in text:
-        text = _URL.sub(_without_credentials, text)
     if ":" in text and "@" in text:
-        text = _NO_SCHEME.sub(r"\1…", text)
-        text = "\n".join(map(_without_blanks, text.split("\n"))) if ":/" in text else text
-    return text
-
-
-def _without_blanks(line: str) -> str:
-    last = line.rfind("@")
-    url = _USER.search(line, 0, last) if last > 0 and not line[last + 1 :][:1].isspace() else None
-    return f"{line[: url.end(1)]}…{line[last:]}" if url else line
+        text = _PASSWORD.sub(r"\1…", text)
+    return _URL.sub(_without_credentials, text) if ":/" in text else text
 
 
 def _without_credentials(url: re.Match[str]) -> str:
@@ -119,7 +102,7 @@ def quoted(text: str, most: int = 60, mark: str = '"') -> str:
 
     Hidden and unprintable characters are escaped.
     """
-    text = without_credentials(_ALONE.sub(r"\1…", text))
+    text = without_credentials(text)
     shown = text if len(text) <= most else f"{text[: most - 1]}…"
     if shown.isprintable() and not has_hidden(shown):
         return f"{mark}{shown}{mark}"
