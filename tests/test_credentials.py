@@ -131,14 +131,30 @@ def test_the_token_is_masked(
     repeats_nothing(place, ["check", "--report", "json=o.json", "--report", "html=o.html"], capsys)
 
 
-LONG = "x" * 100_000
+LONG = {"x": "x" * 301, "x y ": "x y " * 75}
+"""A text without blanks, and one with them, which no line breaks, and what no output repeats of it."""
 
 
+def shows_no_long_text(text: str) -> bool:
+    return not any(most in " ".join(text.split()) or most in text.replace("\n", "") for most in LONG.values())
+
+
+@pytest.mark.parametrize("word", LONG)
 @pytest.mark.parametrize("command", COMMANDS)
-def test_long_text_is_cut(command: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = repeats_nothing(place, [word.replace("{}", LONG) for word in command.split()], capsys)
-    assert "x" * 301 not in said.replace("\n", "")
+def test_long_text_is_cut(command: str, word: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = repeats_nothing(place, [part.replace("{}", word * 25_000) for part in command.split()], capsys)
+    assert shows_no_long_text(said)
     assert len(said) < 10_000
+
+
+@pytest.mark.parametrize("word", LONG)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_long_text_of_a_configuration_is_cut(
+    kind: str, word: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {"version": 1, "base": {"model": "llama"}, "adapters": ["a"]} | filled(CONFIGS[kind], word * 2_000)
+    (place / "merge-gate.yml").write_text(yaml.safe_dump(config))
+    assert shows_no_long_text(repeats_nothing(place, ["check", "--report", "json=o.json"], capsys))
 
 
 @pytest.mark.parametrize("changes", ADAPTERS, ids=lambda changes: next(iter(changes)))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.output_files import OUTPUT_FILES
-from merge_gate._internal.text import NUMBER, one_of, quoted, repeatable, unusable, wrapped
+from merge_gate._internal.text import MOST_FOREIGN, NUMBER, foreign, one_of, quoted, repeatable, unusable, wrapped
 from merge_gate.names.suggestions import nearest
 from merge_gate.records.terms import DTYPES, Quantization
 
@@ -131,6 +131,10 @@ class CommandParser(argparse.ArgumentParser):
         if short:
             self.add_argument("-h", action=_ShortHelp, shown=short, help="show the options that most users need")
 
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        is_long = isinstance(value, str) and len(value) > MOST_FOREIGN
+        super()._check_value(action, quoted(value, MOST_FOREIGN, "") if is_long else value)
+
     def error(self, message: str) -> NoReturn:
         named = re.match(r"argument (\S+?): ", message)
         options = named[1].split("/") if named else []
@@ -192,7 +196,7 @@ def _copy(text: str) -> ReportCopy:
 
     word, equals, place = text.partition("=")
     if word not in FORMATS or not equals or not place:
-        raise argparse.ArgumentTypeError(f"{text!r} is not FORMAT=FILE, with {one_of(FORMATS)}")
+        raise argparse.ArgumentTypeError(f"{foreign(text)} is not FORMAT=FILE, with {one_of(FORMATS)}")
     return ReportCopy(word, place)
 
 
@@ -286,14 +290,14 @@ def _setting(text: str) -> tuple[str, dict[str, object]]:
     check, equals, value = text.partition("=")
     severity, colon, limit = value.partition(":")
     if not check or not equals or not severity or (colon and not NUMBER.fullmatch(limit)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not CHECK=SEVERITY or CHECK=SEVERITY:LIMIT with a number")
+        raise argparse.ArgumentTypeError(f"{foreign(text)} is not CHECK=SEVERITY or CHECK=SEVERITY:LIMIT with a number")
     return check, {"severity": severity} | ({"limit": float(limit)} if colon else {})
 
 
 def _expectation(text: str) -> tuple[str, object]:
     key, equals, value = text.partition("=")
     if not key or not equals or not value:
-        raise argparse.ArgumentTypeError(f"{text!r} is not KEY=VALUE")
+        raise argparse.ArgumentTypeError(f"{foreign(text)} is not KEY=VALUE")
     if key not in _EXPECTED and not key.startswith("sha256:"):
         hint = nearest(key, _EXPECTED) or f"known keys: {', '.join(_EXPECTED)}"
         raise argparse.ArgumentTypeError(f"unknown key {quoted(key)} ({hint})")

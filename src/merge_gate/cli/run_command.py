@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import foreign
 from merge_gate.cli.arguments import (
     EXIT_CODES,
     CommandParser,
@@ -200,4 +201,4 @@ def _options(arguments: argparse.Namespace) -> RunOptions:
 def _device_argument(text: str) -> str:
     if is_device(text):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not one of auto, cpu, cuda, cuda:N")
+    raise argparse.ArgumentTypeError(f"{foreign(text)} is not one of auto, cpu, cuda, cuda:N")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from merge_gate._internal.errors import UsageError
-from merge_gate._internal.text import listing, quoted
+from merge_gate._internal.text import MOST_FOREIGN, listing, quoted
 from merge_gate.files.preflight import base_of
 from merge_gate.names.suggestions import nearest
 from merge_gate.records.config import AdapterSpec, Config
@@ -28,7 +28,9 @@ def select(config: Config, only: tuple[str, ...]) -> tuple[AdapterSpec, ...]:
         hint = nearest(unknown[0], known) or f"it lists {listing(sorted(known), 20)}"
         if known.issuperset(several := unknown[0].replace(",", " ").split()):
             hint = f"one at a time: {' '.join(f'--only {shlex.quote(name)}' for name in several)}"
-        raise UsageError(f"--only {unknown[0]}: {config.label} lists no such adapter", hint=hint)
+        raise UsageError(
+            f"--only {quoted(unknown[0], MOST_FOREIGN, '')}: {config.label} lists no such adapter", hint=hint
+        )
     return tuple(spec for spec in config.adapters if not only or spec.name in only)
 
 

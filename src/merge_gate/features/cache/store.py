@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from merge_gate._internal.errors import UsageError
 from merge_gate._internal.regular_file import read_regular_file
 from merge_gate._internal.strict_json import InvalidJsonError, parse_strictly
-from merge_gate._internal.text import counted
+from merge_gate._internal.text import MOST_FOREIGN, counted, quoted
 from merge_gate._internal.whole_file import whole_file
 from merge_gate.features.cache.declared import SECRET
 from merge_gate.run.verdict_key import Json, canonical
@@ -94,7 +94,7 @@ class Store:
         except OSError as error:
             self.close()
             raise UsageError(
-                f"cannot use the cache directory {directory}: {error.strerror or error}",
+                f"cannot use the cache directory {quoted(str(directory), MOST_FOREIGN, '')}: {error.strerror or error}",
                 hint="choose a directory that you may write to with --cache",
             ) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import UsageError
-from merge_gate._internal.text import size_bytes
+from merge_gate._internal.text import foreign, size_bytes
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
@@ -44,7 +44,7 @@ def _size_argument(text: str) -> int:
     try:
         return size_bytes(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected one such as 5GB or 500MiB") from None
+        raise argparse.ArgumentTypeError(f"{foreign(text)} is no size, expected one such as 5GB or 500MiB") from None
 
 
 def configured(config: Config, arguments: argparse.Namespace) -> Config:

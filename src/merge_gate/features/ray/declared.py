@@ -7,6 +7,7 @@ import re
 from typing import TYPE_CHECKING
 
 from merge_gate._internal.errors import GateError, UsageError
+from merge_gate._internal.text import foreign
 
 if TYPE_CHECKING:
     from merge_gate.records.config import Config
@@ -46,7 +47,7 @@ def configured(config: Config, arguments: argparse.Namespace) -> Config:
         raise UsageError("--ray makes shards itself", hint="omit --shard or --ray")
     if arguments.ray != LOCAL and not _ADDRESS.fullmatch(arguments.ray):
         raise GateError(
-            f"--ray {arguments.ray!r} is not the address of a Ray cluster, expected HOST:PORT or auto",
+            f"--ray {foreign(arguments.ray)} is not the address of a Ray cluster, expected HOST:PORT or auto",
             hint="put --ray ADDRESS after all other arguments; for a cluster on this machine, end with --ray alone",
         )
     return config

@@ -34,7 +34,7 @@ def add_last_options(run: argparse.ArgumentParser) -> None:
 def _shard_argument(text: str) -> str:
     if re.fullmatch(r"([1-9]\d{0,4}/)?[1-9]\d{0,4}", text, re.ASCII):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is not a shard, expected I/N such as 2/4, counted from 1")
+    raise argparse.ArgumentTypeError(f"{foreign(text)} is not a shard, expected I/N such as 2/4, counted from 1")
 
 
 def configured(config: Config, arguments: argparse.Namespace) -> Config:

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from merge_gate._internal.errors import UsageError
+from merge_gate._internal.text import foreign
 from merge_gate.cli.arguments import CommandParser, Commands, add_appearance, add_output, examples, exit_codes, given
 from merge_gate.cli.output import exit_code, view_of
 from merge_gate.judging.kinds import ALLOWED, ANSWERS
@@ -94,6 +95,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _kind(text: str) -> str:
     if text in ANSWERS and text not in ALLOWED and not ANSWERS[text].is_good:
         raise argparse.ArgumentTypeError(
-            f"{text!r} is never accepted: the merge was then not compared, or every value may differ from it"
+            f"{foreign(text)} is never accepted: the merge was then not compared, or every value may differ from it"
         )
     return text
