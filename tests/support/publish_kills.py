@@ -8,17 +8,22 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 from tests.support.command import COMMAND, environment
 
+CORES = os.cpu_count() or 1
 ROOT = Path(__file__).parents[2]
 PLAYED = (sys.executable, "-m", "tests.support.played_merges")
+OUTPUT = "merge-gate-report"
 PATIENCE_S = 120.0
+ENDS = {0: "published", 2: "refused at its start", 3: "lost a name to another run", -signal.SIGKILL: "killed"}
 
 _FILLED = """
 import os, shutil, sys
@@ -68,10 +73,10 @@ class KilledRuns:
         self.models = set(self.named())
         assert self.models
 
-    def start(self, *prefix: str) -> subprocess.Popen[bytes]:
-        with (self.place / "log").open("wb") as log:
+    def start(self, *prefix: str, output: str = OUTPUT) -> subprocess.Popen[bytes]:
+        with (self.place / ("log" if output == OUTPUT else f"{output}.log")).open("wb") as log:
             return subprocess.Popen(
-                [*prefix, *self.command],
+                [*prefix, *self.command, "--output", output],
                 cwd=self.place,
                 env=environment(PYTHONPATH=str(ROOT)),
                 stdin=subprocess.DEVNULL,
@@ -109,6 +114,33 @@ class KilledRuns:
         process.wait(PATIENCE_S)
         self.check()
         return "killed" if process.returncode == -signal.SIGKILL else "finished"
+
+    def race(self, publishers: int, *, kills: bool) -> Counter[str]:
+        """Runs publish the same names at once, and with `kills` one of them is killed. Returns how they ended.
+
+        Each name is a whole model then. A run that is not killed publishes a name, or another run does.
+        """
+        places = [self.place / f"report-{number}" for number in range(publishers)]
+        for place in places:
+            shutil.rmtree(place, ignore_errors=True)
+        processes = [self.start(output=place.name) for place in places]
+        if kills:
+            time.sleep(self.dice.uniform(self.length_s - self.writing_s, self.length_s * publishers / CORES))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(processes[0].pid, signal.SIGKILL)
+        codes = [process.wait(PATIENCE_S) for process in processes]
+        self.check()
+        assert set(self.named()) == self.models
+        published: set[str] = set()
+        for code, place in zip(codes, places, strict=True):
+            log = place.with_suffix(".log").read_text()
+            assert code in ENDS, log
+            assert code in {0, -signal.SIGKILL} or "another run of merge-gate is writing" in log, log
+            if code in {0, 3}:
+                entries = json.loads((place / "report.json").read_bytes())["adapters"]
+                published |= {entry["name"] for entry in entries if entry["cause"] is None}
+        assert kills or (published, self.partials()) == (self.models, [])
+        return Counter(ENDS[code] for code in codes)
 
     def check(self) -> None:
         """Everything that has a name is whole, and the base is unchanged."""
