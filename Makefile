@@ -22,7 +22,7 @@ help:
 	@echo "make mutants small changes of the code that judges: does a test fail? (an hour)"
 	@echo "make coverage branches that the tests take (an hour)"
 	@echo "make fuzz    FUZZ_SECONDS (an hour) for each parser of what strangers write"
-	@echo "make publish-kills 200 kills while models are published (ten minutes)"
+	@echo "make publish-kills 200 kills while models are published, and runs that publish one name (a quarter of an hour)"
 	@echo "make publish-layouts a published change of every model type with converted tensors (ten minutes)"
 	@echo "make verify-changes 10,000 random changes of a published directory, which verify must name (half an hour)"
 	@echo "make tensor-maps what transformers loads of every model type, against the gate's tensor map (an hour)"

@@ -40,9 +40,8 @@ def main() -> None:
             adapters = lay_real(real)
             counts["real"] = kill(KilledRuns(real, dice, adapters), asked.real)
     today = dt.datetime.now(dt.UTC).date()
-    print(
-        f"{today}: {asked.kills} kills, {asked.rounds} rounds: {dict(counts)}; every model that has a name was whole, and no base changed"
-    )
+    print(f"{today}: {asked.kills} kills, {asked.rounds} rounds of two and of three publishers: {dict(counts)}")
+    print("every model that has a name was whole, and no base changed")
 
 
 def race(runs: KilledRuns, publishers: int, rounds: int) -> Counter[str]:

@@ -417,6 +417,15 @@ def test_after_kills_only_whole_models_have_names(runs: KilledRuns) -> None:
 
 
 @pytest.mark.nightly
+@pytest.mark.parametrize("publishers", [2, 3])
+def test_whole_runs_that_publish_one_name_lose_nothing(runs: KilledRuns, publishers: int) -> None:
+    """`make publish-kills` has 50 rounds of each."""
+    for number in range(4):
+        runs.race(publishers, kills=bool(number % 2))
+    runs.finish()
+
+
+@pytest.mark.nightly
 @pytest.mark.attempt("F04", "kill -9 of whole runs, and then an undisturbed one", "whole models, and no leftover")
 def test_kills_of_whole_runs_leave_whole_models_only(tmp_path: Path) -> None:
     adapters = lay_real(tmp_path / "place")
