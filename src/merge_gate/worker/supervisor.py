@@ -57,7 +57,7 @@ MOST_STARTS, MOST_THREADS = 2, 1024
 _SHOWN = (
     protocol.DeviceChosen | protocol.BaseLoading | protocol.BaseLoaded | protocol.BaseMeasured | protocol.MergeStarted
 )
-"""Events of which the parent prints or keeps something. Of the others, it keeps the last one."""
+"""The parent prints or keeps something for each of these events. Of the others, it keeps the last one."""
 
 Services = Sequence[Callable[[Job], "Service | None"]]
 """What answers calls of the worker, for each of its processes with a job. None: the job asks for no such calls."""
