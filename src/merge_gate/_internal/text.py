@@ -40,10 +40,11 @@ MOST_FOREIGN = 300
 # A path of pathlib has one slash after the scheme. A password may have quotes. Marks at the end are the sentence's.
 _URL = re.compile(r"(?<![\w+.-])([\w+.-]{2,}://?)([^\s<>`]*[^\s<>`\"'),.;:\]}])")
 # `user:password@host` with or without a scheme, and a password with up to 4 blanks. A digest behind the @ is no host
-# (`image:tag@sha256:…`), `C:\\` is no user, and `file.yml:3: …` is a place.
+# (`image:tag@sha256:…`), `C:\` is no user, and `file.yml:3: …` and `file.yml:3:5: …` are places. Each repeated part
+# ends where the next one begins: text of strangers has to take linear time.
 _PASSWORD = re.compile(
-    r"(?<!\S)([^\s:]*?[\w+.-]{2,}://?(?=[^/@:\n]+:)|[\"'(\[{]*(?:[\w.-]+=)?(?![A-Za-z]:\\)(?=[\w.+%-]+:))"
-    r"[^/@:\n]+:(?!\d+:\s|[\s/])\S*(?:[ \t]+(?!\S*:/)\S*){0,4}(?=@(?!sha256:)[\w\[])"
+    r"(?<!\S)([^\s:]*[\w+.-]{2}://?(?=[^/@:\n]+:)|[\"'(\[{]*(?:[\w.-]+=)?(?![A-Za-z]:\\)(?=[\w.+%-]+:))"
+    r"[^/@:\n]+:(?!(?:\d+:){1,2}\s|[\s/])\S*(?:[ \t]+(?!\S*:/)\S+){0,4}[ \t]*(?=@(?!sha256:)[\w\[])"
 )
 _TOKENS, _LEAST_TOKEN = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), 8
 _LONG_WORD = re.compile(rf"\S{{{MOST_FOREIGN + 1},}}")
