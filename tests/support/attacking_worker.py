@@ -266,10 +266,11 @@ def _silent(at: Attacker) -> None:
 
 
 def _flood(at: Attacker) -> None:
-    """Every event that begins something."""
+    """What begins something, as often as it may come, and the events that may come without end."""
     at.tell()
+    at.merge_started()
+    at.merge_started()
     while True:
-        at.merge_started()
         at.send(MergeProgressed(task=at.task, done=1, total=2, module="m" * 1000))
         at.send(protocol.InProgress(task=at.task, thread=1))
 
